@@ -1,0 +1,63 @@
+"""What one step computes, as flat tensors. A range or a subset of a batch's rows is again a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """The tokens (rows) of one step, sequence after sequence.
+
+    Row `i` of sequence `s` satisfies `cu_seqlens_q[s] <= i < cu_seqlens_q[s + 1]`; the rows of one
+    sequence ascend in position. T rows, S sequences, L rows whose logits are wanted.
+
+    Attributes:
+        input_ids: int64 [T].
+        positions: int32 [T], absolute positions within the sequences.
+        slot_mapping: int32 [T], the cache slot `page * page_size + offset` of each token; -1 for none.
+        cu_seqlens_q: int32 [S + 1].
+        seq_lens: int32 [S], cached tokens of each sequence once this step has written its own.
+        num_prompt_tokens: int32 [S].
+        block_table: int32 [S, max_blocks].
+        state_slot: int32 [S], the stable row of each request's state on every rank.
+        logit_rows: int64 [L], ascending.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    num_prompt_tokens: Tensor
+    block_table: Tensor
+    state_slot: Tensor
+    logit_rows: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.seq_lens.shape[0]
+
+    def take(self, rows: Tensor) -> Batch:
+        """The batch of only these rows (int64, ascending). The sequences stay, if with no rows."""
+        if rows.shape[0] == self.num_tokens:
+            return self
+        at = torch.searchsorted(rows, self.cu_seqlens_q.long()).int()
+        wanted = torch.searchsorted(rows, self.logit_rows)
+        kept = wanted.clamp(max=max(rows.shape[0] - 1, 0))
+        present = rows[kept] == self.logit_rows if rows.shape[0] else wanted < 0
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            positions=self.positions[rows],
+            slot_mapping=self.slot_mapping[rows],
+            cu_seqlens_q=at,
+            logit_rows=wanted[present],
+        )

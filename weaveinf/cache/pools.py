@@ -1,0 +1,73 @@
+"""One page table, many pools: whoever stores something per token or per page declares it here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """What is stored, for every token or page of the cache, in each of `layers` layers.
+
+    Attributes:
+        name: how the owner finds it again.
+        shape: per token (or per page).
+        per: whether `shape` is per "token" or per "page".
+        place: "device", or "host" for what is fetched by need.
+        reset: value that a page's storage has when it is handed out anew; None: whatever was there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layers: int
+    per: Literal["token", "page"] = "token"
+    place: Literal["device", "host"] = "device"
+    reset: float | None = None
+
+    def bytes_per_page(self, page_size: int) -> int:
+        tokens = page_size if self.per == "token" else 1
+        return self.layers * tokens * prod(self.shape) * self.dtype.itemsize
+
+
+class Pools:
+    """Storage of all pools for `num_pages` pages; one block table addresses them all.
+
+    `pools["key"][layer]` is `[num_pages, page_size, *shape]`, or `[num_pages, *shape]` per page.
+    """
+
+    def __init__(
+        self, specs: Sequence[PoolSpec], num_pages: int, page_size: int, device: torch.device
+    ) -> None:
+        self.specs = tuple(specs)
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._pools: dict[str, list[Tensor]] = {}
+        for spec in self.specs:
+            per_page = (page_size, *spec.shape) if spec.per == "token" else spec.shape
+            place = device if spec.place == "device" else torch.device("cpu")
+            self._pools[spec.name] = [
+                torch.full((num_pages, *per_page), spec.reset or 0.0, dtype=spec.dtype, device=place)
+                for _ in range(spec.layers)
+            ]
+
+    def __getitem__(self, name: str) -> list[Tensor]:
+        return self._pools[name]
+
+    def reset(self, pages: Tensor) -> None:
+        """Gives newly handed out pages (int64) the reset value of each pool that has one."""
+        for spec in self.specs:
+            if spec.reset is not None:
+                for pool in self._pools[spec.name]:
+                    pool[pages] = spec.reset
+
+
+def bytes_per_page(specs: Sequence[PoolSpec], page_size: int) -> int:
+    """Bytes that one page costs this rank over all pools and layers."""
+    return sum(spec.bytes_per_page(page_size) for spec in specs)
