@@ -1,0 +1,104 @@
+"""What the user may set, validated once, immutable afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+Weave = Literal["auto", "off", "on"]
+
+PAGE_SIZE = 16
+"""Tokens in one page of the KV cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Attributes:
+        model: a directory in the Hugging Face layout, or a hub id.
+        tensor_parallel_size: number of ranks.
+        device: "auto" takes CUDA where there is one.
+        dtype: "auto" takes the checkpoint's.
+        weave: whether batches are cut in two halves ("on" is strict, see DESIGN section 1).
+        selector: sparse attention method; none yet.
+        max_model_len: tokens of prompt and output together; None: the model's own limit.
+        seed: what requests without a seed of their own derive theirs from.
+        revision: of the hub repository, applied to every file of it.
+        load_format: "dummy" makes random weights.
+        kv_cache_gib: GiB of KV cache on each rank; None: by the memory that is free.
+        max_num_seqs: requests that run at the same time.
+        max_num_batched_tokens: tokens computed in one step.
+
+    Raises:
+        ValueError: on a value out of its range, naming it.
+    """
+
+    model: str
+    tensor_parallel_size: int = 1
+    device: Device = "auto"
+    dtype: DType = "auto"
+    weave: Weave = "auto"
+    selector: str | None = None
+    max_model_len: int | None = None
+    seed: int = 0
+    revision: str | None = None
+    load_format: LoadFormat = "auto"
+    kv_cache_gib: float | None = None
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, Device)
+        _one_of("dtype", self.dtype, DType)
+        _one_of("weave", self.weave, Weave)
+        _one_of("load_format", self.load_format, LoadFormat)
+        _int_in("tensor_parallel_size", self.tensor_parallel_size, 1, 1024)
+        _int_in("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _int_in("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        _int_in("seed", self.seed, 0, (1 << 63) - 1)
+        if self.max_model_len is not None:
+            _int_in("max_model_len", self.max_model_len, 1, 1 << 24)
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens="
+                f"{self.max_num_batched_tokens}: each running request needs a token of every step"
+            )
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < 1 << 20:
+            raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be positive")
+        if self.weave == "on":
+            raise ValueError(
+                "weave='on' is not possible: this version runs whole batches only; use 'auto'"
+            )
+        if self.selector is not None:
+            raise ValueError(
+                f"selector={self.selector!r} is not known to this version; use selector=None"
+            )
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The kind of device; which card is the rank's own business."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda' but torch sees no GPU; use device='cpu'")
+        return torch.device(self.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _one_of(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        known = ", ".join(repr(choice) for choice in get_args(choices))
+        raise ValueError(f"{name}={value!r} is not one of {known}")
+
+
+def _int_in(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be a whole number from {low} to {high}")

@@ -1,0 +1,44 @@
+"""Counters of what really ran, written by whoever runs, read by the CLI and the metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import median
+
+
+@dataclass
+class Trace:
+    """What the steps of one engine were, and how long they took.
+
+    Attributes:
+        steps: number of steps by how they ran: "woven", "fused" or "plain".
+        reasons: why a step was not woven, with its count.
+        seconds: duration of the latest steps, by their phase ("prefill" has a row that is not a
+            decode row).
+    """
+
+    steps: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
+
+    KEPT = 4096
+
+    def step(self, how: str, why: str, phase: str, seconds: float) -> None:
+        self.steps[how] += 1
+        self.reasons[why] += 1
+        times = self.seconds[phase]
+        times.append(seconds)
+        if len(times) > self.KEPT:
+            del times[: self.KEPT // 2]
+
+    def median_ms(self, phase: str) -> float | None:
+        """Median duration in ms of the latest steps of a phase; None when there was none."""
+        times = self.seconds[phase]
+        return median(times) * 1e3 if times else None
+
+    def summary(self) -> str:
+        """One line: how many steps ran how, and why."""
+        ran = ", ".join(f"{self.steps[how]} {how}" for how in ("woven", "fused", "plain"))
+        why = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common())
+        return f"steps: {ran}" + (f" - {why}" if why else "")
