@@ -1,0 +1,18 @@
+"""The gated activation of the MLP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def silu_mul_reference(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """See `silu_mul`."""
+    gate, up = gate_up.float().chunk(2, -1)
+    f = torch.nn.functional.silu(gate) * up
+    return f.to(gate_up.dtype) if out is None else out.copy_(f)
+
+
+def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of gate_up [rows, 2*I] (gate first) -> [rows, I]; float32 inside, rounded once."""
+    return silu_mul_reference(gate_up, out)

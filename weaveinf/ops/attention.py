@@ -1,0 +1,65 @@
+"""Attention over a paged cache: rows of many sequences, prefill and decode alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def paged_attention_reference(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    positions: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `paged_attention`."""
+    page_size, kv_heads = key_pool.shape[1:3]
+    group = q.shape[1] // kv_heads
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    bounds = cu_seqlens_q.tolist()
+    for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if start == end:
+            continue
+        at = positions[start:end].long().unsqueeze(1)
+        length = int(at.max()) + 1
+        pages = block_table[s, : -(-length // page_size)].long()
+        k, v = (
+            pool[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+            for pool in (key_pool, value_pool)
+        )
+        scores = torch.einsum("rhd,khd->hrk", q[start:end].float(), k) * scale
+        key_at = torch.arange(length, device=q.device)
+        hidden = key_at > at
+        if sliding_window is not None:
+            hidden |= key_at <= at - sliding_window
+        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[start:end] = torch.einsum("hrk,khd->rhd", probs, v).to(q.dtype)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    positions: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of q [rows, Hq, D] over keys and values in pages -> [rows, Hq, D].
+
+    Pools: [num_pages, page_size, Hkv, D], contiguous. Rows cu_seqlens_q[s] to cu_seqlens_q[s+1] (int32
+    [S+1]) belong to sequence s, whose pages are block_table[s] (int32 [S, max_blocks]). A row at position p
+    (positions: int32 [rows]) reads the keys at max(0, p - sliding_window + 1) to p. The rows of a sequence
+    ascend in position but need not be consecutive. Query head h reads KV head h // (Hq // Hkv).
+    """
+    return paged_attention_reference(
+        q, key_pool, value_pool, block_table, cu_seqlens_q, positions, scale, sliding_window, out
+    )

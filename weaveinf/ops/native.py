@@ -1,0 +1,97 @@
+"""The compiled CPU kernels (csrc/cpu): which builds exist, which one this processor runs.
+
+`setup.py` compiles the same C++ source once per instruction-set level into `weaveinf/_native`. The best one
+that the processor's flags allow is loaded with ctypes, so the GIL is released during every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+
+import torch  # noqa: F401  torch's libgomp must be loaded first; ours binds to it by its soname
+
+DIRECTORY = Path(__file__).parent.parent / "_native"
+"""Where the libraries lie."""
+
+# Best first. A level can run where /proc/cpuinfo shows all its flags.
+_LEVELS: dict[str, dict[str, frozenset[str]]] = {
+    "x86_64": {
+        "avx512bf16": frozenset("avx512f avx512bw avx512vl avx512dq avx512_bf16 fma".split()),
+        "avx512": frozenset("avx512f avx512bw avx512vl avx512dq fma".split()),
+        "avx2": frozenset("avx2 fma".split()),
+        "x86_64": frozenset("sse4_2".split()),
+    },
+    "aarch64": {
+        "armv8bf16": frozenset("asimd bf16".split()),
+        "armv8": frozenset("asimd".split()),
+    },
+}
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes that the kernels take, and their codes in the C interface."""
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
+_SIGNATURES: dict[str, list[type]] = {
+    "weave_packed_bytes": [_I, _I, _I],
+    "weave_pack": [_P, _I, _I, _I, _I, _P, _I],
+    "weave_linear": [_P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _I, _I],
+    "weave_rms_norm": [_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _F, _F, _I, _I],
+    "weave_add_rms_norm": [_P, _I, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _F, _I, _I],
+    "weave_rope": [_P, _I, _I, _I, _I, _I, _P, _I, _P, _I, _I],
+    "weave_write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _I],
+    "weave_silu_mul": [_P, _I, _P, _I, _I, _I, _I, _I],
+    "weave_attention": [_P, _P],
+}
+
+
+def _flags() -> frozenset[str]:
+    """The processor's feature flags (empty where there is no /proc/cpuinfo)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def runnable() -> list[str]:
+    """The compiled builds that this processor can run, best first."""
+    flags = _flags()
+    levels = _LEVELS.get(platform.machine(), {})
+    return [
+        name
+        for name, needed in levels.items()
+        if needed <= flags and (DIRECTORY / f"libweaveinf_{name}.so").exists()
+    ]
+
+
+def load(name: str) -> ctypes.CDLL:
+    """Loads one build and declares its functions. OSError when it cannot be loaded."""
+    library = ctypes.CDLL(str(DIRECTORY / f"libweaveinf_{name}.so"))
+    for function, arguments in _SIGNATURES.items():
+        getattr(library, function).argtypes = arguments
+        getattr(library, function).restype = None
+    library.weave_packed_bytes.restype = _I
+    return library
+
+
+def _choose() -> tuple[ctypes.CDLL | None, str, str]:
+    cost = "bfloat16 runs several times slower on torch's own CPU paths; reinstall with g++ or clang++"
+    names = runnable()
+    if not names:
+        return None, "torch", f"no CPU kernels were compiled for this {platform.machine()}: {cost}"
+    try:
+        return load(names[0]), names[0], ""
+    except (OSError, AttributeError) as error:
+        return None, "torch", f"the CPU kernels do not load ({error}): {cost}"
+
+
+lib: ctypes.CDLL | None
+isa: str
+reason: str
+lib, isa, reason = _choose()

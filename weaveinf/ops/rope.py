@@ -1,0 +1,45 @@
+"""Rotary position embedding, and the write of keys and values into their pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_reference_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """See `rope_`."""
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).split(half, -1)
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    x[..., :half] = first * cos - second * sin
+    x[..., half : 2 * half] = second * cos + first * sin
+    return x
+
+
+def write_kv_reference(
+    k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor
+) -> None:
+    """See `write_kv`."""
+    kept = (slot_mapping >= 0).nonzero().flatten()
+    slots = slot_mapping[kept].long()
+    key_pool.flatten(0, 1)[slots] = k[kept]
+    value_pool.flatten(0, 1)[slots] = v[kept]
+
+
+def rope_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotates x in place, half-split ("neox") layout over the first rot_dim dims; returns x.
+
+    x: [rows, heads, head_dim], last dim contiguous; cos_sin: float32 [max_pos, rot_dim], first half
+    cosines, second half sines; positions: int32 [rows].
+    """
+    return rope_reference_(x, cos_sin, positions)
+
+
+def write_kv(
+    k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor
+) -> None:
+    """Stores row i of k and v [rows, Hkv, D] at token slot slot_mapping[i] (int32); -1 is skipped.
+
+    Pools: [num_pages, page_size, Hkv, D], contiguous; slot = page * page_size + offset in the page.
+    """
+    write_kv_reference(k, v, key_pool, value_pool, slot_mapping)
