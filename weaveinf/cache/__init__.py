@@ -1,0 +1,1 @@
+"""Pages of cached state: who holds which, and what may be shared."""

@@ -1,0 +1,1 @@
+"""Requests, the scheduler and what the ranks run."""
