@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -26,8 +25,8 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not low <= value <= high or (open_low and value == low):
+    fits = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (open_low and value == low):  # NaN compares false, infinities lie outside
         above = "above" if open_low else "from"
         raise ValueError(f"{name} must be a number {above} {low:g} to {high:g}, got {value!r:.80}")
     return float(value)
