@@ -1,9 +1,9 @@
 """Who holds which page of the cache, and which pages hold which tokens.
 
-A page is `block_size` positions of every pool. A full page may be published under a hash that covers
-everything that shaped it (its own tokens, all before them, a salt, the settings of a selector); who
-comes with the same prefix holds the same page, without a copy. A page that nobody holds keeps its
-contents until it is needed: unpublished ones go first, then the least recently used.
+A page is `block_size` positions of every pool. A full page may be published under a hash that
+covers everything that shaped it (its own tokens, all before them, a salt, a selector's settings);
+who comes with the same prefix holds the same page, without a copy. A page that nobody holds keeps
+its contents until it is needed: unpublished ones go first, then the least recently used.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
-    fits = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
-    if not fits or (open_low and value == low):  # NaN compares false, infinities lie outside
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    # NaN compares false with everything, infinities lie outside of all bounds
+    if not real or not low <= value <= high or (open_low and value == low):
         above = "above" if open_low else "from"
         raise ValueError(f"{name} must be a number {above} {low:g} to {high:g}, got {value!r:.80}")
     return float(value)
