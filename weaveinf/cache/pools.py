@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +54,7 @@ class Pools:
             per_page = (page_size, *spec.shape) if spec.per == "token" else spec.shape
             place = device if spec.place == "device" else torch.device("cpu")
             self._pools[spec.name] = [
-                torch.full((num_pages, *per_page), spec.reset or 0.0, dtype=spec.dtype, device=place)
-                for _ in range(spec.layers)
+                _zeros((num_pages, *per_page), spec.dtype, place) for _ in range(spec.layers)
             ]
 
     def __getitem__(self, name: str) -> list[Tensor]:
@@ -66,6 +66,13 @@ class Pools:
             if spec.reset is not None:
                 for pool in self._pools[spec.name]:
                     pool[pages] = spec.reset
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # calloc: the system gives memory to a page of the cache when it is first written.
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def bytes_per_page(specs: Sequence[PoolSpec], page_size: int) -> int:

@@ -1,0 +1,67 @@
+"""Tokens to text as they come: whole characters only, and stop strings found across tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+CONTEXT = 8
+"""Prompt tokens that the decoder sees first, so that a leading space is kept or dropped rightly."""
+
+
+class TextStream:
+    """The text of one running sequence.
+
+    `text` is what may be shown: it ends before a character whose bytes are not all there, and before
+    anything that may yet turn out to be the beginning of a stop string.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(list(prompt_token_ids[-CONTEXT:]), skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._undecoded: list[int] = []
+        self._held = ""
+        self.text = ""
+
+    def add(self, token_id: int) -> bool:
+        """Takes the next token; True when a stop string is complete (`text` ends before it)."""
+        self._undecoded.append(token_id)
+        chunk = self._stream.step(self._tokenizer, token_id)
+        if chunk is None:
+            return False
+        self._undecoded.clear()
+        return self._show(chunk)
+
+    def end(self) -> None:
+        """No token follows: shows what was held back, broken characters as U+FFFD."""
+        if self._undecoded:
+            self._held += self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
+        self.text += self._held
+        self._held = ""
+
+    def _show(self, chunk: str) -> bool:
+        self._held += chunk
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.text += self._held[: min(found)]
+            self._held = ""
+            self._undecoded.clear()
+            return True
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        shown = len(self._held) - keep
+        self.text += self._held[:shown]
+        self._held = self._held[shown:]
+        return False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

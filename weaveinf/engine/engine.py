@@ -1,0 +1,155 @@
+"""Rank 0's side of generation: requests in, steps out to the ranks, text back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+
+from weaveinf.cache.blocks import BlockAllocator
+from weaveinf.config import PAGE_SIZE
+from weaveinf.engine.detokenizer import TextStream
+from weaveinf.engine.executor import Executor
+from weaveinf.engine.request import Request, SamplingParams, make_requests, mix_seed
+from weaveinf.engine.scheduler import Scheduler
+from weaveinf.engine.step import Step
+from weaveinf.engine.tokenizer import TextTokenizer
+
+
+@dataclass
+class Update:
+    """What a step brought one sequence: tokens, the text that may be shown now, its end."""
+
+    request: Request
+    token_ids: list[int]
+    text: str
+    finished: bool
+
+
+@dataclass
+class _Sequence:
+    request: Request
+    stream: TextStream | None
+
+    @property
+    def text(self) -> str:
+        return self.stream.text if self.stream else ""
+
+
+class Engine:
+    """Runs requests on an executor's ranks. One thread calls it.
+
+    A step is submitted before the tokens of the one before it are known (DESIGN section 4), so there
+    are up to two under way.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        worker = executor.worker
+        self.executor = executor
+        self.config = worker.config
+        self.model_config = worker.model_config
+        self.trace = worker.trace
+        self.scheduler = Scheduler(
+            BlockAllocator(worker.num_pages, PAGE_SIZE),
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_model_len=self.model_config.max_model_len,
+            eos_token_ids=self.model_config.eos_token_ids,
+        )
+        self._path = worker.path
+        self._ids = count()
+        self._seeds = count()
+        self._sequences: dict[int, _Sequence] = {}
+        self._under_way: deque[Step] = deque()
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """Loaded when first needed: prompts may be token ids, of a model without a tokenizer."""
+        return TextTokenizer(self._path)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return self.tokenizer.encode(text)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template."""
+        return self.tokenizer.render_chat(messages)
+
+    def add(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, salt: bytes = b""
+    ) -> list[int]:
+        """Queues a prompt; returns the ids of its `params.n` sequences.
+
+        Raises:
+            ValueError: when it can never be served; nothing is queued then.
+        """
+        fallback = mix_seed(self.config.seed, next(self._seeds))
+        vocab_size = self.model_config.vocab_size
+        ids = [next(self._ids) for _ in range(params.n)]
+        requests = make_requests(
+            ids[0], prompt_token_ids, params, vocab_size, fallback, salt=salt
+        )
+        streams = [self._stream(request) for request in requests]
+        for request, stream in zip(requests, streams, strict=True):
+            self.scheduler.add(request)
+            self._sequences[request.id] = _Sequence(request, stream)
+        return ids
+
+    def abort(self, request_id: int) -> None:
+        """Ends a sequence, if it has not ended by itself, and forgets it."""
+        self.scheduler.abort(request_id)
+        self._sequences.pop(request_id, None)
+
+    def take(self, request_id: int) -> _Sequence:
+        """A finished sequence, which the engine forgets."""
+        return self._sequences.pop(request_id)
+
+    def step(self) -> list[Update]:
+        """Lets the ranks do one step; returns what came of the one before it."""
+        step = self.scheduler.schedule()
+        if step is not None:
+            self.executor.submit(step)
+            self._under_way.append(step)
+        if not self._under_way or (step is not None and len(self._under_way) == 1):
+            return []
+        output = self.executor.collect()
+        events = self.scheduler.update(self._under_way.popleft(), output)
+        return [
+            self._update(self._sequences[request.id], tokens)
+            for request, tokens in events
+            if request.id in self._sequences
+        ]
+
+    def close(self) -> None:
+        """Ends the ranks; may be called again."""
+        self.executor.close()
+
+    def _stream(self, request: Request) -> TextStream | None:
+        stop: tuple[str, ...] = request.params.stop  # type: ignore[assignment]
+        try:
+            tokenizer = self.tokenizer.backend
+        except ValueError:
+            if stop:
+                raise
+            return None
+        return TextStream(tokenizer, request.prompt_token_ids, stop)
+
+    def _update(self, sequence: _Sequence, tokens: list[int]) -> Update:
+        request, stream = sequence.request, sequence.stream
+        finished = request.finish_reason is not None
+        if stream is None:
+            return Update(request, tokens, "", finished)
+        before = len(stream.text)
+        for at, token in enumerate(tokens):
+            # A token that itself ended the request is not text.
+            if token in request.stop_ids and finished and at == len(tokens) - 1:
+                continue
+            if stream.add(token):
+                self.scheduler.finish(request, "stop")
+                finished = True
+                break
+        if finished:
+            stream.end()
+        return Update(request, tokens, stream.text[before:], finished)

@@ -1,0 +1,28 @@
+"""What the engine needs of whoever runs the ranks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from weaveinf.engine.step import Step, StepOutput
+from weaveinf.engine.worker import Worker
+
+
+class Executor(Protocol):
+    """Runs steps on all ranks, in the order in which they were submitted.
+
+    Steps are submitted ahead of the results of those before them. Both calls raise `RankDied` when
+    a rank is gone; the executor is closed then.
+    """
+
+    worker: Worker
+    """Rank 0's."""
+
+    def submit(self, step: Step) -> None:
+        """Sends a step to every rank."""
+
+    def collect(self) -> StepOutput:
+        """Waits for the oldest step whose output was not collected."""
+
+    def close(self) -> None:
+        """Ends all ranks; may be called again."""

@@ -1,0 +1,169 @@
+"""One rank: its shard of the model, its caches, and the loop that every launcher runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.cache.pools import PoolSpec, Pools, bytes_per_page
+from weaveinf.comm.choose import make_seam
+from weaveinf.comm.ranks import Ranks
+from weaveinf.config import PAGE_SIZE, EngineConfig
+from weaveinf.engine.sampler import Sampler
+from weaveinf.engine.step import Step, StepOutput
+from weaveinf.models.config import ModelConfig
+from weaveinf.models.loader import load_model, resolve
+from weaveinf.trace import Trace
+from weaveinf.weave.run import run
+
+FREE_SHARE = 0.4
+"""Share of a host's free memory that the caches of all its ranks take, unless told otherwise."""
+
+Progress = Callable[[int], Callable[[int], object]]
+
+
+class Worker:
+    """One rank of an engine.
+
+    Args:
+        progress: given the bytes to load, returns what is called with each part of them.
+    """
+
+    def __init__(
+        self, config: EngineConfig, ranks: Ranks, progress: Progress | None = None
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.path = resolve(config.model, config.revision)
+        self.model_config = ModelConfig.from_path(self.path, config.max_model_len)
+        self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.model_config.dtype
+        self.steps_done = 0
+        self.trace = Trace()
+        with torch.inference_mode():
+            self.model = load_model(
+                self.path,
+                self.model_config,
+                rank=ranks.rank,
+                size=ranks.size,
+                device=ranks.device,
+                dtype=self.dtype,
+                load_format=config.load_format,
+                progress=progress,
+            )
+            self.max_blocks = -(-self.model_config.max_model_len // PAGE_SIZE)
+            self.num_pages = self._agree_on_pages(self.model.pool_specs)
+            self.pools = Pools(self.model.pool_specs, self.num_pages, PAGE_SIZE, ranks.device)
+            self.model.bind(self.pools)
+            self.seam = make_seam(
+                ranks, config.max_num_batched_tokens, self.model_config.hidden_size, self.dtype
+            )
+            self.sampler = Sampler(
+                vocab_size=self.model_config.vocab_size,
+                vocab_start=self.model.vocab_start,
+                vocab_shard=self.model.vocab_shard,
+                max_num_seqs=config.max_num_seqs,
+                device=ranks.device,
+                votes=ranks.votes,
+            )
+        self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
+        self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
+        self._why = "one rank" if ranks.size == 1 else "whole batches only in this version"
+
+    def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
+        """Pages of the cache: what the rank with the least room can hold, at most what can be used."""
+        per_page = bytes_per_page(specs, PAGE_SIZE)
+        if self.config.kv_cache_gib is not None:
+            room = int(self.config.kv_cache_gib * 2**30)
+        elif self.ranks.device.type == "cuda":
+            room = int(torch.cuda.mem_get_info(self.ranks.device)[0] * 2 * FREE_SHARE)
+        else:
+            here = len(self.ranks.hosts[self.ranks.rank])
+            room = int(psutil.virtual_memory().available * FREE_SHARE / here)
+        useful = self.config.max_num_seqs * self.max_blocks
+        mine = torch.zeros(self.ranks.size)
+        # Exact in float32, as sums of votes are: a page count is rounded down to 24 bits.
+        mine[self.ranks.rank] = min(room // per_page, useful, 1 << 24)
+        pages = int(self.ranks.votes.sum(mine).min())
+        if pages < 1:
+            raise ValueError(
+                f"no room for the KV cache: a page of {PAGE_SIZE} tokens takes {per_page / 2**20:.1f} "
+                "MiB a rank; free memory, raise kv_cache_gib or use more ranks"
+            )
+        return pages
+
+    def follow(self) -> None:
+        """Runs the steps that rank 0 sends until it sends an empty message."""
+        while len(message := self.ranks.control.receive()):
+            self.execute(Step.unpack(message))
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> StepOutput:
+        """Runs one step; every rank of the engine runs the same steps in the same order."""
+        began = time.perf_counter()
+        for admission in step.admissions:
+            self.sampler.admit(admission)
+            self._num_blocks[admission.slot] = 0
+        x, left = run(self.model, self._batch(step), self.seam, self.ranks.votes)
+        output = self._sample(step, x)
+        self.steps_done += 1
+        phase = "decode" if step.by_reference.all() else "prefill"
+        self.trace.step("plain", self._why, phase, time.perf_counter() - began)
+        return output
+
+    def _batch(self, step: Step) -> Batch:
+        self._append_pages(step)
+        lengths = step.num_query.astype(np.int64)
+        ends = np.cumsum(lengths)
+        total = int(ends[-1])
+        seq_of_row = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(total) + np.repeat(step.num_computed - (ends - lengths), lengths)
+        table = self._table[step.state_slot]
+        slots = table[seq_of_row, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        logits_from = np.repeat(ends - step.num_logits, lengths)
+        seq_lens = step.num_computed + step.num_query
+        used = -(-int(seq_lens.max()) // PAGE_SIZE)
+        return Batch(
+            input_ids=self._input_ids(step, total, seq_of_row),
+            positions=self._put(positions.astype(np.int32)),
+            slot_mapping=self._put(slots.astype(np.int32)),
+            cu_seqlens_q=self._put(np.concatenate(([0], ends)).astype(np.int32)),
+            seq_lens=self._put(seq_lens.astype(np.int32)),
+            num_prompt_tokens=self._put(step.num_prompt_tokens),
+            block_table=self._put(np.ascontiguousarray(table[:, :used])),
+            state_slot=self._put(step.state_slot),
+            logit_rows=self._put(np.flatnonzero(np.arange(total) >= logits_from)),
+        )
+
+    def _append_pages(self, step: Step) -> None:
+        for i in np.flatnonzero(step.num_new_pages):
+            slot, count = step.state_slot[i], step.num_new_pages[i]
+            first = int(step.num_new_pages[:i].sum())
+            at = self._num_blocks[slot]
+            self._table[slot, at : at + count] = step.new_pages[first : first + count]
+            self._num_blocks[slot] = at + count
+
+    def _input_ids(self, step: Step, total: int, seq_of_row: np.ndarray) -> Tensor:
+        """Tokens that rank 0 did not know when it described the step are the slots' last ones."""
+        if step.by_reference.all():
+            return self.sampler.last_token[self._put(step.state_slot.astype(np.int64))]
+        referred = step.by_reference[seq_of_row]
+        ids = np.empty(total, np.int64)
+        ids[~referred] = step.token_ids
+        out = self._put(ids)
+        if referred.any():
+            slots = step.state_slot[step.by_reference].astype(np.int64)
+            out[self._put(np.flatnonzero(referred))] = self.sampler.last_token[self._put(slots)]
+        return out
+
+    def _sample(self, step: Step, x: Tensor) -> StepOutput:
+        raise NotImplementedError
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.ranks.device.type == "cpu" else tensor.to(self.ranks.device)

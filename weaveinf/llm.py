@@ -1,0 +1,193 @@
+"""The offline API: a model, its ranks and its engine behind one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from weaveinf.cluster.launch import launch
+from weaveinf.config import EngineConfig
+from weaveinf.engine.engine import Engine, Update
+from weaveinf.engine.request import CompletionOutput, RequestOutput, SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A language model, ready to generate.
+
+    Starts `tensor_parallel_size` ranks, of which the calling process is the first, and ends them with
+    `close()`, at the end of a `with` block or of the process. Under torchrun the ranks are torchrun's:
+    rank 0 returns from the constructor, the others serve it and exit.
+
+    Args:
+        model: a directory in the Hugging Face layout, or a hub id.
+        settings: any other field of `EngineConfig`, which describes them.
+
+    Raises:
+        ValueError: for settings or a checkpoint that cannot work, saying what to do.
+        RankDied: when a rank ends before it is ready.
+    """
+
+    def __init__(self, model: str, *, show_progress: bool = True, **settings: Any) -> None:
+        unknown = set(settings) - set(EngineConfig.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(sorted(EngineConfig.__dataclass_fields__))
+            raise ValueError(f"unknown setting {min(unknown)!r}; there are: {known}")
+        self.config = EngineConfig(model=str(model), **settings)
+        executor = launch(self.config, _loading_bar if show_progress else None)
+        try:
+            self.engine = Engine(executor)
+        except BaseException:
+            executor.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes every prompt; the outputs come in the prompts' order.
+
+        Args:
+            prompts: text, token ids, or a list of either.
+            params: one for all prompts or one for each; None: `SamplingParams()`.
+
+        Raises:
+            ValueError: when a prompt cannot be served (empty, too long, ids outside the vocabulary),
+                naming it, before any is started.
+            RankDied: when a rank ends; this object is closed then.
+        """
+        answers = self._add(prompts, params)
+        with tqdm(
+            total=sum(len(answer.ids) for answer in answers),
+            desc="generating",
+            unit="seq",
+            disable=not show_progress or len(answers) < 8,
+        ) as bar:
+            for update in self._run(answers):
+                bar.update(update.finished)
+        return [answer.output(self.engine) for answer in answers]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, str]]:
+        """Like `generate`, but yields (index of the prompt, text that came next) as it comes.
+
+        The pieces of one prompt, joined, are its text. With `n` above 1 only the first sample is
+        shown. Leaving the loop early aborts what is still running.
+        """
+        answers = self._add(prompts, params)
+        index = {answer.ids[0]: i for i, answer in enumerate(answers)}
+        for update in self._run(answers):
+            if update.text and update.request.id in index:
+                yield index[update.request.id], update.text
+        for answer in answers:
+            answer.output(self.engine)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        params: SamplingParams | None = None,
+    ) -> Iterator[str]:
+        """Answers a conversation, in the model's own chat template, piece by piece.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` in order.
+        """
+        for _, text in self.stream([self.engine.render_chat(messages)], params):
+            yield text
+
+    def close(self) -> None:
+        """Ends the ranks. May be called again."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _add(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Answer]:
+        batch = _as_batch(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(batch)
+        if len(params) != len(batch):
+            raise ValueError(f"{len(batch)} prompts but {len(params)} params: give one, or one each")
+        answers: list[_Answer] = []
+        for i, (prompt, own) in enumerate(zip(batch, params, strict=True)):
+            try:
+                text = prompt if isinstance(prompt, str) else None
+                ids = self.engine.encode(prompt) if isinstance(prompt, str) else prompt
+                answers.append(_Answer(text, self.engine.add(ids, own)))
+            except ValueError as error:
+                self._abort(answers)
+                where = f"prompt {i}: " if len(batch) > 1 else ""
+                raise ValueError(f"{where}{error}") from None
+        return answers
+
+    def _run(self, answers: Sequence[_Answer]) -> Iterator[Update]:
+        waiting = {id_ for answer in answers for id_ in answer.ids}
+        try:
+            while waiting:
+                for update in self.engine.step():
+                    if update.finished:
+                        waiting.discard(update.request.id)
+                    yield update
+        finally:
+            if waiting:
+                self._abort(answers)
+
+    def _abort(self, answers: Sequence[_Answer]) -> None:
+        for answer in answers:
+            for id_ in answer.ids:
+                self.engine.abort(id_)
+
+
+class _Answer:
+    """The sequences of one prompt."""
+
+    def __init__(self, prompt: str | None, ids: list[int]) -> None:
+        self.prompt = prompt
+        self.ids = ids
+
+    def output(self, engine: Engine) -> RequestOutput:
+        done = [engine.take(id_) for id_ in self.ids]
+        first = done[0].request
+        return RequestOutput(
+            prompt=self.prompt,
+            prompt_token_ids=list(first.prompt_token_ids),
+            outputs=[
+                CompletionOutput(
+                    index=one.request.index,
+                    text=one.text,
+                    token_ids=list(one.request.output_token_ids),
+                    finish_reason=one.request.finish_reason,
+                    stop_reason=one.request.stop_reason,
+                    logprobs=one.request.logprobs,
+                )
+                for one in done
+            ],
+            prompt_logprobs=first.prompt_logprobs,
+        )
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _loading_bar(total: int) -> Callable[[int], object]:
+    """A progress bar over the bytes of a checkpoint."""
+    return tqdm(total=total, desc="loading", unit="B", unit_scale=True, unit_divisor=1024).update
