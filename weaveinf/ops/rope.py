@@ -11,8 +11,9 @@ def rope_reference_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     half = cos_sin.shape[1] // 2
     cos, sin = cos_sin[positions.long()].unsqueeze(1).split(half, -1)
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    x[..., :half] = first * cos - second * sin
-    x[..., half : 2 * half] = second * cos + first * sin
+    # Both halves before either is written: for float32 `first` is a view of x.
+    turned = first * cos - second * sin, second * cos + first * sin
+    x[..., :half], x[..., half : 2 * half] = turned
     return x
 
 
