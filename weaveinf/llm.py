@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -37,7 +37,7 @@ class LLM:
             known = ", ".join(sorted(EngineConfig.__dataclass_fields__))
             raise ValueError(f"unknown setting {min(unknown)!r}; there are: {known}")
         self.config = EngineConfig(model=str(model), **settings)
-        executor = launch(self.config, _loading_bar if show_progress else None)
+        executor = launch(self.config, _LoadingBar() if show_progress else None)
         try:
             self.engine = Engine(executor)
         except BaseException:
@@ -188,6 +188,15 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _loading_bar(total: int) -> Callable[[int], object]:
-    """A progress bar over the bytes of a checkpoint."""
-    return tqdm(total=total, desc="loading", unit="B", unit_scale=True, unit_divisor=1024).update
+class _LoadingBar:
+    """A progress bar over the bytes of rank 0's shard."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from weaveinf.engine.executor import Executor
 from weaveinf.engine.request import Request, SamplingParams, make_requests, mix_seed
 from weaveinf.engine.scheduler import Scheduler
 from weaveinf.engine.step import Step
-from weaveinf.engine.tokenizer import TextTokenizer
+from weaveinf.engine.tokenizer import FILES, TextTokenizer, load_tokenizer
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Engine:
         self.model_config = worker.model_config
         self.trace = worker.trace
         self.scheduler = Scheduler(
-            BlockAllocator(worker.num_pages, PAGE_SIZE),
+            BlockAllocator(worker.num_pages, PAGE_SIZE, secrets.token_bytes(32)),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_model_len=self.model_config.max_model_len,
@@ -65,17 +66,24 @@ class Engine:
         self._under_way: deque[Step] = deque()
 
     @cached_property
-    def tokenizer(self) -> TextTokenizer:
-        """Loaded when first needed: prompts may be token ids, of a model without a tokenizer."""
-        return TextTokenizer(self._path)
+    def tokenizer(self) -> TextTokenizer | None:
+        """Loaded when first needed; None when the model has none and takes token ids only."""
+        return load_tokenizer(self._path)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
-        return self.tokenizer.encode(text)
+        """Token ids of a prompt. `ValueError` where the model has no tokenizer."""
+        return self._required_tokenizer().encode(text)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
-        return self.tokenizer.render_chat(messages)
+        return self._required_tokenizer().render_chat(messages)
+
+    def _required_tokenizer(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self._path} has no tokenizer ({', '.join(FILES)}): give prompts as token ids"
+            )
+        return self.tokenizer
 
     def add(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, salt: bytes = b""
@@ -128,13 +136,11 @@ class Engine:
 
     def _stream(self, request: Request) -> TextStream | None:
         stop: tuple[str, ...] = request.params.stop  # type: ignore[assignment]
-        try:
-            tokenizer = self.tokenizer.backend
-        except ValueError:
+        if self.tokenizer is None:
             if stop:
-                raise
+                raise ValueError("stop strings need a tokenizer, which this model does not have")
             return None
-        return TextStream(tokenizer, request.prompt_token_ids, stop)
+        return TextStream(self.tokenizer.backend, request.prompt_token_ids, stop)
 
     def _update(self, sequence: _Sequence, tokens: list[int]) -> Update:
         request, stream = sequence.request, sequence.stream

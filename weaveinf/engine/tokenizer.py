@@ -15,12 +15,10 @@ class TextTokenizer:
     """The tokenizer of a checkpoint.
 
     Raises:
-        ValueError: when the directory has none, or one that needs code of its own.
+        ValueError: when it cannot be loaded, as when it needs code of its own.
     """
 
     def __init__(self, path: Path) -> None:
-        if not any((path / name).is_file() for name in FILES):
-            raise ValueError(f"{path} has no tokenizer ({', '.join(FILES)}): give prompts as token ids")
         try:
             # A path as such, or a directory "org/name" beside us would be looked up on the hub.
             loaded = AutoTokenizer.from_pretrained(
@@ -54,3 +52,8 @@ class TextTokenizer:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
         # The template writes the special tokens itself.
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def load_tokenizer(path: Path) -> TextTokenizer | None:
+    """The tokenizer in a checkpoint's directory; None when there is none."""
+    return TextTokenizer(path) if any((path / name).is_file() for name in FILES) else None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
@@ -19,20 +19,19 @@ from weaveinf.engine.sampler import Sampler
 from weaveinf.engine.step import Step, StepOutput
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import load_model, resolve
+from weaveinf.models.weights import Progress
 from weaveinf.trace import Trace
 from weaveinf.weave.run import run
 
 FREE_SHARE = 0.4
 """Share of a host's free memory that the caches of all its ranks take, unless told otherwise."""
 
-Progress = Callable[[int], Callable[[int], object]]
-
 
 class Worker:
     """One rank of an engine.
 
     Args:
-        progress: given the bytes to load, returns what is called with each part of them.
+        progress: called with (bytes loaded, bytes in all) as the shard is read.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Worker:
         elif self.ranks.device.type == "cuda":
             room = int(torch.cuda.mem_get_info(self.ranks.device)[0] * 2 * FREE_SHARE)
         else:
-            here = len(self.ranks.hosts[self.ranks.rank])
+            here = next(len(host) for host in self.ranks.hosts if self.ranks.rank in host)
             room = int(psutil.virtual_memory().available * FREE_SHARE / here)
         useful = self.config.max_num_seqs * self.max_blocks
         mine = torch.zeros(self.ranks.size)
@@ -109,8 +108,8 @@ class Worker:
         for admission in step.admissions:
             self.sampler.admit(admission)
             self._num_blocks[admission.slot] = 0
-        x, left = run(self.model, self._batch(step), self.seam, self.ranks.votes)
-        output = self._sample(step, x)
+        x, _ = run(self.model, self._batch(step), self.seam, self.ranks.votes)
+        output = self.sampler.run(self.model.head, x, step)
         self.steps_done += 1
         phase = "decode" if step.by_reference.all() else "prefill"
         self.trace.step("plain", self._why, phase, time.perf_counter() - began)
@@ -148,7 +147,7 @@ class Worker:
             self._table[slot, at : at + count] = step.new_pages[first : first + count]
             self._num_blocks[slot] = at + count
 
-    def _input_ids(self, step: Step, total: int, seq_of_row: np.ndarray) -> Tensor:
+    def _input_ids(self, step: Step, total: int, seq_of_row: NDArray[np.int64]) -> Tensor:
         """Tokens that rank 0 did not know when it described the step are the slots' last ones."""
         if step.by_reference.all():
             return self.sampler.last_token[self._put(step.state_slot.astype(np.int64))]
@@ -161,9 +160,6 @@ class Worker:
             out[self._put(np.flatnonzero(referred))] = self.sampler.last_token[self._put(slots)]
         return out
 
-    def _sample(self, step: Step, x: Tensor) -> StepOutput:
-        raise NotImplementedError
-
-    def _put(self, array: np.ndarray) -> Tensor:
+    def _put(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.ranks.device.type == "cpu" else tensor.to(self.ranks.device)

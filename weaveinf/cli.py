@@ -1,0 +1,155 @@
+"""The `weaveinf` command: its surface, and how errors end it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from weaveinf import __version__
+
+USAGE_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole surface of the command line (a test freezes it)."""
+    top = _Parser(prog="weaveinf", description="Tensor-parallel LLM inference.")
+    top.add_argument("--version", action="version", version=f"weaveinf {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", "the whole thing on this machine: two ranks on a small model")
+    demo.add_argument("-p", "--prompt", help="text to continue instead of the demo's own")
+    demo.add_argument("--tp", type=int, help="number of ranks (2)")
+
+    generate = _command(commands, "generate", "complete prompts")
+    _engine(generate)
+    generate.add_argument("-p", "--prompt", action="append", default=[], help="may be repeated")
+    generate.add_argument("-f", "--file", help="one prompt a line; - reads standard input")
+    _sampling(generate)
+    generate.add_argument("--n", type=int, default=1, help="samples of each prompt")
+    _json(generate)
+
+    chat = _command(commands, "chat", "talk to a model, in its own chat template")
+    _engine(chat)
+    chat.add_argument("--system", help="system message")
+    _sampling(chat, max_tokens=512)
+
+    bench = _command(commands, "bench", "measure")
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
+    latency = _command(kinds, "latency", "one batch of random prompts, again and again")
+    _engine(latency)
+    _load_format(latency)
+    latency.add_argument("--batch", type=int, default=1, help="prompts at a time (1)")
+    latency.add_argument("--prompt-tokens", type=int, default=128, help="tokens of each (128)")
+    latency.add_argument("--decode-tokens", type=int, default=32, help="steps after the first (32)")
+    latency.add_argument("--repeats", type=int, default=5, help="of which the median counts (5)")
+    _json(latency)
+    throughput = _command(kinds, "throughput", "many requests, all there from the beginning")
+    _engine(throughput)
+    _load_format(throughput)
+    throughput.add_argument("--requests", type=int, default=64, help="number of requests (64)")
+    throughput.add_argument("--prompt-tokens", type=int, default=128, help="tokens of each (128)")
+    throughput.add_argument("--output-tokens", type=int, default=128, help="tokens of each (128)")
+    _json(throughput)
+
+    doctor = _command(commands, "doctor", "what this machine has, what will be used, and why")
+    doctor.add_argument("--tp", type=int, default=2, help="for that many ranks (2)")
+    _json(doctor)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command; never returns. Exit code 2: wrong input, 1: it failed, 130: interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        import_module(f"weaveinf.commands.{args.command}").run(args)
+    except (ValueError, OSError) as error:
+        _end(error, USAGE_ERROR)
+    except RuntimeError as error:
+        _end(error, FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's settings among the arguments."""
+    names = {"tp": "tensor_parallel_size"}
+    chosen = {names.get(name, name): value for name, value in vars(args).items()}
+    # Under torchrun the ranks are there already.
+    if chosen["tensor_parallel_size"] is None:
+        chosen["tensor_parallel_size"] = int(os.environ.get("WORLD_SIZE", "1"))
+    return {name: chosen[name] for name in _SETTINGS if chosen.get(name) is not None}
+
+
+_SETTINGS = (
+    "model",
+    "tensor_parallel_size",
+    "device",
+    "dtype",
+    "weave",
+    "selector",
+    "max_model_len",
+    "seed",
+    "revision",
+    "load_format",
+    "kv_cache_gib",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> Any:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+
+
+def _engine(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a hub id")
+    add("--tp", type=int, help="number of ranks (1; under torchrun all of its)")
+    add("--device", help="auto, cpu or cuda (auto)")
+    add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
+    add("--weave", help="auto, off or on (auto)")
+    add("--selector", help="sparse attention method (none)")
+    add("--max-model-len", type=int, help="tokens of prompt and output together (the model's)")
+    add("--seed", type=int, help="of requests without one (0)")
+    add("--revision", help="of a hub repository")
+    add("--kv-cache-gib", type=float, help="GiB of KV cache on each rank (by free memory)")
+    add("--max-num-seqs", type=int, help="requests running at a time (128)")
+    add("--max-num-batched-tokens", type=int, help="tokens of a step (2048)")
+
+
+def _sampling(command: argparse.ArgumentParser, max_tokens: int = 128) -> None:
+    add = command.add_argument
+    add("--max-tokens", type=int, default=max_tokens, help=f"of an answer ({max_tokens})")
+    add("--temperature", type=float, default=1.0, help="0 is greedy (1)")
+    add("--top-p", type=float, default=1.0, help="nucleus sampling (1: off)")
+    add("--top-k", type=int, default=0, help="best tokens only (0: off)")
+    add("--min-p", type=float, default=0.0, help="floor relative to the best token (0: off)")
+    add("--stop", action="append", help="string that ends an answer; may be repeated")
+
+
+def _load_format(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--load-format", help="auto, or dummy for random weights (auto)")
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", metavar="FILE", help="write the result there as JSON")
+
+
+def _end(error: Exception, code: int) -> None:
+    print(f"weaveinf: error: {error}", file=sys.stderr)
+    sys.exit(code)

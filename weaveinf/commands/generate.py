@@ -1,0 +1,72 @@
+"""`weaveinf generate`: complete prompts, streaming a single one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from weaveinf.cli import settings
+from weaveinf.commands.report import steps, what_ran, write_json
+from weaveinf.engine.request import RequestOutput, SamplingParams
+from weaveinf.llm import LLM
+
+
+def run(args: argparse.Namespace) -> None:
+    prompts = list(args.prompt)
+    if args.file is not None:
+        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text()
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give -p TEXT or -f FILE with one prompt a line")
+    params = sampling(args, n=args.n)
+    with LLM(**settings(args)) as llm:
+        if len(prompts) == 1 and args.n == 1 and args.json is None:
+            print(prompts[0], end="", flush=True)
+            for _, text in llm.stream(prompts, params):
+                print(text, end="", flush=True)
+            print()
+        else:
+            outputs = llm.generate(prompts, params)
+            for prompt, output in zip(prompts, outputs, strict=True):
+                if args.json != "-":
+                    _show(prompt, output)
+            write_json(
+                args.json,
+                what_ran(llm) | steps(llm) | {"outputs": [_plain(output) for output in outputs]},
+            )
+        print(llm.engine.trace.summary(), file=sys.stderr)
+
+
+def sampling(args: argparse.Namespace, n: int = 1) -> SamplingParams:
+    """The sampling parameters among the arguments."""
+    return SamplingParams(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+        n=n,
+    )
+
+
+def _show(prompt: str, output: RequestOutput) -> None:
+    for sample in output.outputs:
+        print(f"{prompt}{sample.text}\n[{sample.finish_reason}, {len(sample.token_ids)} tokens]\n")
+
+
+def _plain(output: RequestOutput) -> dict[str, Any]:
+    return {
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "samples": [
+            {
+                "text": sample.text,
+                "token_ids": sample.token_ids,
+                "finish_reason": sample.finish_reason,
+            }
+            for sample in output.outputs
+        ],
+    }

@@ -1,0 +1,318 @@
+"""Chooses the next tokens from logits that stay sharded over the vocabulary; the same on every
+rank.
+
+Order of operations: logit bias and the ban of end tokens (`min_tokens`), penalties (repetition,
+frequency, presence), temperature, min_p, top_k, top_p. Log-probabilities are those of the raw
+logits. A batch costs only what its rows ask for: one vote for greedy and freely sampled rows
+together, one or two more when a row has top_p, top_k or min_p, one for log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weaveinf.engine.step import Admission, SampledLogprobs, Step, StepOutput
+from weaveinf.ops import sampling
+from weaveinf.ops.sampling import Limits, Shard, T, Voting
+
+GREEDY_BELOW = 1e-5
+MIN_TEMPERATURE = 1e-2
+PROMPT_BLOCK = 64
+"""Rows of logits that exist at a time when prompt log-probabilities are wanted."""
+_GREEDY, _FREE, _LIMITED = 0, 1, 2
+
+Rows = NDArray[np.int64]
+Head = Callable[[Tensor], Tensor]
+"""x [rows, hidden] -> float32 logits [rows, vocab_shard] of this rank, -inf beyond the
+vocabulary."""
+
+
+class Votes(Protocol):
+    def sum(self, t: Tensor) -> Tensor: ...
+
+
+class Sampler:
+    """Sampling state of every state slot, and the sampling itself.
+
+    Every rank admits and samples the same steps in the same order. `last_token` int64
+    [max_num_seqs] on `device` holds what each slot sampled last (0 where that failed), for rows
+    that come by reference.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        vocab_start: int,
+        vocab_shard: int,
+        max_num_seqs: int,
+        device: torch.device,
+        votes: Votes,
+    ) -> None:
+        self.shard = Shard(vocab_size, vocab_start, vocab_shard)
+        self.device = device
+        self.votes = votes
+        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._ids = torch.arange(
+            vocab_start, vocab_start + vocab_shard, dtype=torch.int32, device=device
+        )
+        self._kind = np.zeros(max_num_seqs, np.int64)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._temperature = np.ones(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float64)
+        self._floor = np.zeros(max_num_seqs, np.float32)
+        self._min_tokens = np.zeros(max_num_seqs, np.int64)
+        self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self._num_prompt_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self._banned: dict[int, Tensor] = {}
+        self._bias: dict[int, tuple[Tensor, Tensor]] = {}
+        self._history = History(vocab_shard, device)
+
+    def admit(self, admission: Admission) -> None:
+        """A slot starts anew with a request's settings; what its last owner left is forgotten."""
+        slot = admission.slot
+        for state in (self._banned, self._bias):
+            state.pop(slot, None)
+        self._seed[slot] = admission.seed % (1 << 64)
+        self._temperature[slot] = max(admission.temperature, MIN_TEMPERATURE)
+        top_k = admission.top_k if admission.top_k > 0 else self.shard.vocab_size
+        self._top_k[slot] = min(top_k, self.shard.vocab_size)
+        self._top_p[slot] = admission.top_p
+        self._floor[slot] = math.log(admission.min_p) if admission.min_p > 0 else -math.inf
+        self._num_logprobs[slot] = admission.logprobs
+        self._num_prompt_logprobs[slot] = admission.prompt_logprobs
+        limited = top_k < self.shard.vocab_size or admission.top_p < 1 or admission.min_p > 0
+        greedy = admission.temperature < GREEDY_BELOW or top_k == 1
+        self._kind[slot] = _GREEDY if greedy else _LIMITED if limited else _FREE
+        self._min_tokens[slot] = admission.min_tokens if len(admission.banned_ids) else 0
+        if self._min_tokens[slot]:
+            self._banned[slot] = self._put(self._own(admission.banned_ids)[0])
+        columns, owned = self._own(admission.bias_ids)
+        if len(columns):
+            values = admission.bias_values[owned].astype(np.float32)
+            self._bias[slot] = self._put(columns), self._put(values)
+        penalties = (
+            admission.repetition_penalty,
+            admission.frequency_penalty,
+            admission.presence_penalty,
+        )
+        self._history.forget(slot)
+        if penalties != (1.0, 0.0, 0.0):
+            prompt = self._put(self._own(admission.prompt_token_ids)[0])
+            output = self._put(self._own(admission.output_token_ids)[0])
+            self._history.begin(slot, penalties, prompt, output)
+
+    def run(self, head: Head, x: Tensor, step: Step) -> StepOutput:
+        """All that a step samples, from the rows [sum(num_logits), hidden] whose logits it
+        wants."""
+        ends = np.cumsum(step.num_logits, dtype=np.int64)
+        sampled = ends[step.output_position >= 0] - 1
+        output = StepOutput(np.empty(0, np.int64))
+        if len(sampled):
+            output = self.sample(head(_take(x, sampled)), step)
+        if len(step.targets):
+            wanted: list[Sequence[SampledLogprobs | None] | None] = [None] * step.num_seqs
+            first = 0
+            for i in np.flatnonzero(step.num_targets).tolist():
+                count = int(step.num_targets[i])
+                rows = x[int(ends[i]) - count : int(ends[i])]
+                n = int(self._num_prompt_logprobs[step.state_slot[i]])
+                targets = step.targets[first : first + count]
+                wanted[i] = self.prompt_logprobs(head, rows, targets, n)
+                first += count
+            output.prompt_logprobs = wanted
+        return output
+
+    def sample(self, logits: Tensor, step: Step) -> StepOutput:
+        """One token for every sequence of the step that samples (`output_position` >= 0), in order.
+
+        logits: float32 [samples, vocab_shard], left as they are. A token is -1 where none can be
+        chosen (NaN or infinite logits, or everything banned); the other rows are not touched by
+        that.
+        """
+        sampling_now = step.output_position >= 0
+        slots = step.state_slot[sampling_now].astype(np.int64)
+        positions = step.output_position[sampling_now].astype(np.int64)
+        tokens = self._vote(self._draw(self._shape(logits, slots, positions), slots, positions))
+        self.last_token[self._put(slots)] = tokens.clamp(min=0)
+        self._history.append(slots, tokens - self.shard.start)
+        return StepOutput(tokens.cpu().numpy(), self._logprobs(logits, tokens, slots))
+
+    def prompt_logprobs(
+        self, head: Head, x: Tensor, targets: NDArray[np.int64], n: int
+    ) -> list[SampledLogprobs | None]:
+        """Log-probabilities of the tokens `targets` [rows] (-1: none wanted) that follow rows
+        [rows, hidden], and of the n best; never more than PROMPT_BLOCK rows of logits at a
+        time."""
+        out: list[SampledLogprobs | None] = [None] * len(targets)
+        rows = np.flatnonzero(targets >= 0)
+        for block in (rows[i : i + PROMPT_BLOCK] for i in range(0, len(rows), PROMPT_BLOCK)):
+            found = self._score(head(_take(x, block)), self._put(targets[block]), n)
+            for row, logprob in zip(block.tolist(), found, strict=True):
+                out[row] = logprob
+        return out
+
+    def _shape(self, logits: Tensor, slots: Rows, positions: Rows) -> Tensor:
+        """The logits after bias, bans and penalties: a copy if any row has one of them."""
+        biased = [(i, s) for i, s in enumerate(slots.tolist()) if s in self._bias]
+        banned = np.flatnonzero(positions < self._min_tokens[slots]).tolist()
+        penalised = self._history.known(slots)
+        if not (biased or banned or len(penalised)):
+            return logits
+        shaped = logits.clone()
+        for row, slot in biased:
+            columns, values = self._bias[slot]
+            shaped[row].index_add_(0, columns, values)
+        for row in banned:
+            shaped[row, self._banned[int(slots[row])]] = -torch.inf
+        if len(penalised):
+            rows = self._put(penalised)
+            shaped[rows] = self._history.penalise(shaped[rows], slots[penalised])
+        return shaped
+
+    def _draw(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
+        kinds = self._kind[slots]
+        greedy, free, limited = (np.flatnonzero(kinds == k) for k in (_GREEDY, _FREE, _LIMITED))
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
+        firsts = []
+        if len(greedy):
+            firsts.append(sampling.best(_take(logits, greedy)))
+        if len(free):
+            scores, keys = self._cooled(logits, free, slots, positions)
+            firsts.append(sampling.best(sampling.gumbel(keys, self._ids).add_(scores)))
+        if firsts:
+            values = torch.cat([value for value, _ in firsts])
+            ids = torch.cat([column for _, column in firsts]) + self.shard.start
+            rows = self._put(np.concatenate((greedy, free)))
+            tokens[rows] = yield from sampling.winner(values, ids, self.shard)
+        if len(limited):
+            scores, keys = self._cooled(logits, limited, slots, positions)
+            of = slots[limited]
+            limits = Limits(
+                self._put(self._top_k[of]), self._put(self._top_p[of]), self._put(self._floor[of])
+            )
+            drawn = yield from sampling.sample_limited(scores, keys, limits, self.shard)
+            tokens[self._put(limited)] = drawn
+        return tokens
+
+    def _cooled(
+        self, logits: Tensor, rows: Rows, slots: Rows, positions: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """Rows divided by their temperatures, and the keys of their noise."""
+        of = slots[rows]
+        keys = sampling.noise_keys(self._seed[of], positions[rows])
+        return _take(logits, rows) / self._put(self._temperature[of])[:, None], keys.to(self.device)
+
+    def _logprobs(
+        self, logits: Tensor, tokens: Tensor, slots: Rows
+    ) -> list[SampledLogprobs | None] | None:
+        wanted = self._num_logprobs[slots]
+        rows = np.flatnonzero(wanted >= 0)
+        if not len(rows):
+            return None
+        found = self._score(_take(logits, rows), _take(tokens, rows), int(wanted.max()))
+        out: list[SampledLogprobs | None] = [None] * len(slots)
+        for row, (logprob, ids, values) in zip(rows.tolist(), found, strict=True):
+            n = int(wanted[row])
+            out[row] = SampledLogprobs(logprob, ids[:n], values[:n])
+        return out
+
+    def _score(self, logits: Tensor, targets: Tensor, n: int) -> list[SampledLogprobs]:
+        parts = sampling.logprob_parts(logits, targets, n, self.shard)
+        joined = sampling.join_logprobs(self._vote(self.shard.gather(parts)), n)
+        return [SampledLogprobs(*row) for row in zip(*(t.tolist() for t in joined), strict=True)]
+
+    def _vote(self, voting: Voting[T]) -> T:
+        try:
+            mine = next(voting)
+            while True:
+                mine = voting.send(self.votes.sum(mine))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _own(self, ids: NDArray[np.int64]) -> tuple[Rows, NDArray[np.bool_]]:
+        """Columns of the ids that this rank owns, and which they are."""
+        owned = (ids >= self.shard.start) & (ids < self.shard.start + self.shard.width)
+        return ids[owned] - self.shard.start, owned
+
+    def _put(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+class History:
+    """Which tokens the slots with a penalty have seen: this rank's columns, rows taken on
+    demand."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.counts = torch.zeros(0, width, device=device)  # of output tokens
+        self.prompt = torch.zeros(0, width, dtype=torch.bool, device=device)
+        self._row: dict[int, int] = {}
+        self._free: list[int] = []
+        self._penalties: dict[int, tuple[float, float, float]] = {}
+
+    def forget(self, slot: int) -> None:
+        if slot in self._row:
+            self._free.append(self._row.pop(slot))
+
+    def begin(
+        self, slot: int, penalties: tuple[float, float, float], prompt: Tensor, output: Tensor
+    ) -> None:
+        """penalties: repetition, frequency, presence. prompt, output: columns int64 [any], repeats
+        count."""
+        if not self._free:
+            had = len(self.counts)
+            more = max(1, had)
+            self.counts = torch.cat(
+                (self.counts, self.counts.new_empty(more, self.counts.shape[1]))
+            )
+            self.prompt = torch.cat(
+                (self.prompt, self.prompt.new_empty(more, self.prompt.shape[1]))
+            )
+            self._free.extend(range(had, had + more))
+        row = self._row[slot] = self._free.pop()
+        self._penalties[slot] = penalties
+        self.prompt[row] = False
+        self.prompt[row, prompt] = True
+        self.counts[row] = 0
+        self.counts[row].index_add_(0, output, torch.ones(len(output), device=output.device))
+
+    def known(self, slots: Rows) -> Rows:
+        """Indices into `slots` of those that have a history."""
+        if not self._row:
+            return np.empty(0, np.int64)
+        return np.flatnonzero([slot in self._row for slot in slots.tolist()])
+
+    def penalise(self, logits: Tensor, slots: Rows) -> Tensor:
+        rows = self._rows(slots)
+        settings = torch.tensor([self._penalties[s] for s in slots.tolist()], device=logits.device)
+        return sampling.penalise(
+            logits, self.counts[rows], self.prompt[rows], *settings.T[..., None]
+        )
+
+    def append(self, slots: Rows, columns: Tensor) -> None:
+        """One sampled token per slot; columns of other ranks' tokens lie outside of 0 .. width -
+        1."""
+        known = self.known(slots)
+        if len(known):
+            width = self.counts.shape[1]
+            at = columns[torch.from_numpy(known).to(columns.device)]
+            owned = (at >= 0) & (at < width)
+            rows = self._rows(slots[known])
+            self.counts[rows, at.clamp(0, width - 1)] += owned
+
+    def _rows(self, slots: Rows) -> Tensor:
+        rows = [self._row[slot] for slot in slots.tolist()]
+        return torch.tensor(rows, device=self.counts.device)
+
+
+def _take(x: Tensor, rows: Rows) -> Tensor:
+    """x[rows], without a copy when these are all of them (rows ascend)."""
+    return x if len(rows) == len(x) else x[torch.from_numpy(rows).to(x.device)]
