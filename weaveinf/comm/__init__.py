@@ -1,0 +1,1 @@
+"""Between ranks: process groups, votes, the control channel, and the seams."""

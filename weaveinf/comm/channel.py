@@ -1,0 +1,146 @@
+"""The control channel: rank 0 tells all others, in order, arrays of int64."""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from weaveinf.comm import segment
+from weaveinf.comm.segment import SILENT, Group, Segment, check
+from weaveinf.comm.waits import wait_for
+
+_LOOK_S = 0.2
+"""A receiver comes back to Python this often, so that signals are handled."""
+
+
+class Channel(Protocol):
+    """From rank 0 to all others. Messages arrive whole and in order; several may be under way."""
+
+    def send(self, message: np.ndarray) -> None:
+        """Rank 0: sends int64 words, from none to millions. RankDied, or TimeoutError when a living
+        receiver takes nothing for the group's `silence_s`."""
+
+    def receive(self) -> np.ndarray:
+        """The others: the next message; waits as long as the peers live. RankDied when one does not."""
+
+    def close(self) -> None:
+        """Takes part no longer."""
+
+
+class _State(ctypes.Structure):
+    """struct Channel of shm.cpp."""
+
+    _fields_ = [
+        ("group", Group),
+        ("ring", ctypes.c_void_p),
+        ("words", ctypes.c_int64),
+        ("at", ctypes.c_uint64),
+    ]
+
+
+class SharedChannel:
+    """A ring in a segment; `at`: byte offset of the ring, `lines`: of the counter lines."""
+
+    WORDS = 1 << 19
+    BYTES = WORDS * 8
+
+    def __init__(self, seg: Segment, at: int, lines: int, size: int, silence_s: float) -> None:
+        assert segment.lib is not None
+        self._lib = segment.lib
+        self._state = _State(seg.group(lines, size, silence_s), seg.address + at, self.WORDS, 0)
+        self._address = ctypes.addressof(self._state)
+        self._length = ctypes.c_int64()
+        self._length_address = ctypes.addressof(self._length)
+        self._segment = seg
+
+    def send(self, message: np.ndarray) -> None:
+        """See `Channel.send`."""
+        words = np.ascontiguousarray(message, dtype=np.int64).reshape(-1)
+        code = self._lib.weaveinf_channel_send(self._address, words.ctypes.data, words.size)
+        check(code, "the control channel")
+
+    def receive(self) -> np.ndarray:
+        """See `Channel.receive`."""
+        patience = int(_LOOK_S * 1e9)
+        while True:
+            code = self._lib.weaveinf_channel_length(self._address, patience, self._length_address)
+            if code // 256 != SILENT:
+                break
+        check(code, "the control channel")
+        message = np.empty(self._length.value, dtype=np.int64)
+        code = self._lib.weaveinf_channel_take(self._address, message.ctypes.data, message.size)
+        check(code, "the control channel")
+        return message
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        self._state.group.broken = 256 + self._state.group.rank
+
+
+class GlooChannel:
+    """Point-to-point sends of a gloo group of its own; also the channel of a single rank.
+
+    A timed-out receive breaks gloo's connections, so a thread waits there without a limit, and
+    `receive` waits for the thread. It ends with the connection.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, rank: int, size: int, silence_s: float
+    ) -> None:
+        self._group = group
+        self._size = size
+        self._silence_s = silence_s
+        self._arrived: queue.SimpleQueue[np.ndarray | Exception] = queue.SimpleQueue()
+        if group is not None and rank != 0:
+            threading.Thread(
+                target=self._listen, args=(group,), name="weaveinf-control", daemon=True
+            ).start()
+
+    def _listen(self, group: dist.ProcessGroup) -> None:
+        try:
+            while True:
+                length = torch.empty(1, dtype=torch.int64)
+                wait_for(group.recv([length], 0, 0), 0, "the control channel")
+                body = torch.empty(int(length), dtype=torch.int64)
+                if body.numel():
+                    wait_for(group.recv([body], 0, 0), 0, "the control channel")
+                self._arrived.put(body.numpy())
+        except Exception as error:
+            self._arrived.put(error)
+
+    def send(self, message: np.ndarray) -> None:
+        """See `Channel.send`."""
+        if self._group is None:
+            return
+        words = torch.from_numpy(np.array(message, dtype=np.int64).reshape(-1))
+        length = torch.tensor([words.numel()])
+        parts = [length, words] if words.numel() else [length]
+        works = [
+            (peer, self._group.send([part], peer, 0))
+            for peer in range(1, self._size)
+            for part in parts
+        ]
+        for peer, work in works:
+            wait_for(work, peer, "the control channel", self._silence_s)
+
+    def receive(self) -> np.ndarray:
+        """See `Channel.receive`."""
+        while True:
+            try:
+                message = self._arrived.get(timeout=_LOOK_S)
+            except queue.Empty:
+                continue
+            if isinstance(message, Exception):
+                self._arrived.put(message)  # whoever asks again hears the same
+                raise message
+            return message
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        self._group = None

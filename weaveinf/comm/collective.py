@@ -1,0 +1,215 @@
+"""The seam of ranks on any hosts: gloo between CPUs, NCCL between GPUs.
+
+Every rank sends each other rank that one's share of the rows, sums what it got in float32 in rank order,
+adds, normalises, and sends its rows of x to all. That moves the bytes of a reduce-scatter and an all-gather
+with the arithmetic of every other seam, which a library's reduction (in the model's dtype) would not keep.
+The sums go in chunks, so that one chunk's norm and way back lie under the next one's way here. Few rows
+are latency: each rank sends all of them to all, and computes all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weaveinf.comm.progress import Job
+from weaveinf.comm.ranks import Ranks
+from weaveinf.comm.seam import Joint, share_of
+from weaveinf.comm.waits import wait_for
+from weaveinf.ops.norm import add_rms_norm
+
+_CHUNK_BYTES = 256 * 1024
+_FEW_BYTES = 64 * 1024
+"""What a rank may send in all for its rows to count as few."""
+
+_Works = list[tuple[int | None, dist.Work]]
+
+
+class CollectiveSeam:
+    """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`."""
+
+    name = "collective"
+
+    def __init__(
+        self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype, why: str
+    ) -> None:
+        assert ranks.seams is not None
+        self.why = why
+        self._ranks = ranks
+        self._group = ranks.seams
+        self._nccl = ranks.device.type == "cuda"
+        size, row_bytes = ranks.size, hidden * dtype.itemsize
+        self._few = min(max_rows, _FEW_BYTES // (row_bytes * (size - 1)))
+        self._chunk = max_rows if self._nccl else max(1, _CHUNK_BYTES // row_bytes)
+        most = max(-(-max_rows // size), self._few)
+        new = {"dtype": dtype, "device": ranks.device}
+        self._partial = torch.empty(max_rows, hidden, **new)
+        self._x = torch.empty(max_rows, hidden, **new)
+        self._inbox = torch.empty(size, most, hidden, **new)
+        self._residual = torch.empty(most, hidden, **new)
+        self._spare = torch.empty(most, hidden, **new)
+        self._rows = 0
+        self._job: Job | None = None
+
+    def open(self, rows: int) -> None:
+        """See `Seam.open`."""
+        if rows > self._x.shape[0]:
+            raise ValueError(f"{rows} rows in a seam made for {self._x.shape[0]}")
+        self._rows = rows
+        self._residual[: self._count(rows)].zero_()
+
+    def partial(self) -> Tensor:
+        """See `Seam.partial`."""
+        return self._partial[: self._rows]
+
+    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+        """See `Seam.start`. The progress thread runs it."""
+        before = self._rows
+        if kept is not None:
+            self._rows = len(kept)
+        after = self._rows
+        self._job = self._ranks.progress.submit(lambda: self._run(joint, kept, before, after))
+
+    def finish(self) -> Tensor:
+        """See `Seam.finish`."""
+        if self._job is not None:
+            self._job.wait()
+        return self._x[: self._rows]
+
+    def _shares(self, rows: int) -> list[tuple[int, int]]:
+        """The rows whose residual each rank holds: all of few, a share of many."""
+        size = self._ranks.size
+        if rows <= self._few:
+            return [(0, rows)] * size
+        return [share_of(rows, size, rank) for rank in range(size)]
+
+    def _count(self, rows: int) -> int:
+        first, last = self._shares(rows)[self._ranks.rank]
+        return last - first
+
+    def _exchange(self, out: Sequence[Tensor], into: Sequence[Tensor], tag: int) -> _Works:
+        """Sends out[r] to rank r and receives into[r] from it; empty ones (the own, too) do not travel."""
+        if self._nccl:
+            return [(None, self._group.alltoall(list(into), list(out)))]
+        works: _Works = [
+            (r, self._group.recv([t], r, tag)) for r, t in enumerate(into) if t.numel()
+        ]
+        works += [(r, self._group.send([t], r, tag)) for r, t in enumerate(out) if t.numel()]
+        return works
+
+    def _wait(self, works: _Works) -> None:
+        for rank, work in works:
+            wait_for(work, rank, "a seam")
+
+    def _to_peers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same list, nothing for this rank itself."""
+        return [t if r != self._ranks.rank else t[:0] for r, t in enumerate(tensors)]
+
+    def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> None:
+        if kept is not None:
+            self._move(kept, before, rows)
+        shares, me = self._shares(rows), self._ranks.rank
+        first, last = shares[me]
+        longest = max(b - a for a, b in shares)
+        starts = range(0, longest, self._chunk)
+
+        def chunk(at: int, span: tuple[int, int]) -> slice:
+            return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
+
+        sums = [
+            self._exchange(
+                self._to_peers([self._partial[chunk(at, span)] for span in shares]),
+                self._to_peers(
+                    [self._inbox[r][chunk(at, (0, last - first))] for r in range(len(shares))]
+                ),
+                tag=1,
+            )
+            for at in starts
+        ]
+        back: _Works = []
+        for at, works in zip(starts, sums, strict=True):
+            self._wait(works)
+            mine, own = chunk(at, (first, last)), chunk(at, (0, last - first))
+            parts = [self._inbox[r][own] for r in range(len(shares))]
+            parts[me] = self._partial[mine]
+            if mine.stop > mine.start:
+                add_rms_norm(
+                    parts,
+                    self._residual[own],
+                    joint.weight,
+                    joint.eps,
+                    joint.weight_offset,
+                    joint.residual_scale,
+                    self._x[mine],
+                )
+            if rows > self._few:
+                back += self._exchange(
+                    self._to_peers([self._x[mine]] * len(shares)),
+                    self._to_peers([self._x[chunk(at, span)] for span in shares]),
+                    tag=2,
+                )
+        self._wait(back)
+
+    def _move(self, kept: Tensor, before: int, rows: int) -> None:
+        """Brings the residual of the kept rows to the ranks whose shares they now are."""
+        old, new, me = self._shares(before), self._shares(rows), self._ranks.rank
+        first, last = new[me]
+        if before <= self._few:  # every rank holds all
+            torch.index_select(self._residual, 0, kept[first:last], out=self._spare[: last - first])
+        else:
+            # kept ascends and shares are contiguous, so what goes from a rank to another is one range.
+            edges = torch.tensor([0] + [b for _, b in old], device=kept.device)
+            cuts = torch.searchsorted(kept, edges).tolist()
+            held = self._residual.index_select(0, kept[cuts[me] : cuts[me + 1]] - old[me][0])
+
+            def overlap(source: int, target: int) -> slice:
+                low = max(cuts[source], new[target][0])
+                return slice(low, max(low, min(cuts[source + 1], new[target][1])))
+
+            def shifted(span: slice, by: int) -> slice:
+                return (
+                    slice(span.start - by, span.stop - by)
+                    if span.stop > span.start
+                    else slice(0, 0)
+                )
+
+            ranks = range(len(new))
+            out = [held[shifted(overlap(me, r), cuts[me])] for r in ranks]
+            into = [self._spare[shifted(overlap(r, me), first)] for r in ranks]
+            into[me].copy_(out[me])
+            self._wait(self._exchange(self._to_peers(out), self._to_peers(into), tag=3))
+        self._residual, self._spare = self._spare, self._residual
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """See `Seam.gather`. Each rank sends those that it holds to all."""
+        if self._rows <= self._few:
+            return self._residual[: self._rows].index_select(0, rows)
+        result = self._residual.new_empty(len(rows), self._residual.shape[1])
+        spans, me = self._shares(self._rows), self._ranks.rank
+        places = [((rows >= a) & (rows < b)).nonzero().flatten() for a, b in spans]
+
+        def run() -> None:
+            mine = self._residual.index_select(0, rows[places[me]] - spans[me][0])
+            into = [result.new_empty(len(place), result.shape[1]) for place in places]
+            self._wait(
+                self._exchange(self._to_peers([mine] * len(spans)), self._to_peers(into), tag=4)
+            )
+            into[me] = mine
+            for place, values in zip(places, into, strict=True):
+                result.index_copy_(0, place, values)
+
+        self._ranks.progress.submit(run).wait()
+        return result
+
+    def insert(self, rows: Tensor, values: Tensor) -> None:
+        """See `Seam.insert`. Each rank keeps those of its share."""
+        first, last = self._shares(self._rows)[self._ranks.rank]
+        mine = (rows >= first) & (rows < last)
+        self._residual.index_copy_(0, rows[mine] - first, values[mine])
+
+    def close(self) -> None:
+        """See `Seam.close`. The process group is the ranks'."""
+        self._job = None

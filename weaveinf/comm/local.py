@@ -1,0 +1,66 @@
+"""The seam of a single rank: residual add and RMSNorm, nothing to send."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weaveinf.comm.seam import Joint
+from weaveinf.ops.norm import add_rms_norm
+
+
+class LocalSeam:
+    """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`."""
+
+    name = "local"
+    why = "one rank"
+
+    def __init__(
+        self, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._partial, self._residual, self._x = torch.empty(
+            3, max_rows, hidden, dtype=dtype, device=device
+        ).unbind(0)
+        self._rows = 0
+
+    def open(self, rows: int) -> None:
+        """See `Seam.open`."""
+        if rows > self._x.shape[0]:
+            raise ValueError(f"{rows} rows in a seam made for {self._x.shape[0]}")
+        self._rows = rows
+        self._residual[:rows].zero_()
+
+    def partial(self) -> Tensor:
+        """See `Seam.partial`."""
+        return self._partial[: self._rows]
+
+    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+        """See `Seam.start`."""
+        if kept is not None:
+            self._residual[: len(kept)] = self._residual[: self._rows].index_select(0, kept)
+            self._rows = len(kept)
+        n = self._rows
+        add_rms_norm(
+            [self._partial[:n]],
+            self._residual[:n],
+            joint.weight,
+            joint.eps,
+            joint.weight_offset,
+            joint.residual_scale,
+            self._x[:n],
+        )
+
+    def finish(self) -> Tensor:
+        """See `Seam.finish`."""
+        return self._x[: self._rows]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """See `Seam.gather`."""
+        return self._residual[: self._rows].index_select(0, rows)
+
+    def insert(self, rows: Tensor, values: Tensor) -> None:
+        """See `Seam.insert`."""
+        self._residual[: self._rows].index_copy_(0, rows, values)
+
+    def close(self) -> None:
+        """See `Seam.close`."""

@@ -1,0 +1,229 @@
+"""The ranks of one engine: who they are, which share a host, and how they reach each other."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from weaveinf.comm import segment
+from weaveinf.comm.channel import Channel, GlooChannel, SharedChannel
+from weaveinf.comm.errors import RankDied
+from weaveinf.comm.progress import Progress
+from weaveinf.comm.segment import LINE, MAX_RANKS, SILENCE_S, Segment
+from weaveinf.comm.votes import GlooVotes, SharedVotes, Votes
+
+_IDLE = timedelta(days=365)
+"""The control group's time limit: an idle engine sends nothing. Who waits on it looks after the peers
+itself, with a deadline of its own where one is due."""
+
+_PAGE = 4096
+
+
+class Ranks:
+    """This process among its peers. Made by `join` or `single`.
+
+    rank, size, device; `hosts`: the ranks of each host, ascending; `votes`: sums over ranks; `control`: the
+    channel from rank 0 to all others; `seams`: the process group that collective seams use (None for one
+    rank), issued by `progress` alone; `silence_s`: how long a wait bears with a living but silent peer.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        store: dist.Store | None = None,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.silence_s = silence_s
+        self.hosts: tuple[tuple[int, ...], ...] = ((0,),)
+        self.progress = Progress(device)
+        self.seams: dist.ProcessGroup | None = None
+        self.segment: Segment | None = None
+        self.votes: Votes
+        self.control: Channel
+        self._store = store
+        self._agreements = 0
+        self._groups: list[dist.ProcessGroup] = []
+
+    @classmethod
+    def single(cls, device: torch.device) -> Ranks:
+        """The only rank: no process group, no store."""
+        ranks = cls(0, 1, device)
+        ranks.votes, ranks.control = GlooVotes(None, 1), GlooChannel(None, 0, 1, SILENCE_S)
+        return ranks
+
+    @classmethod
+    def join(
+        cls,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        device: torch.device,
+        silence_s: float = SILENCE_S,
+    ) -> Ranks:
+        """Meets the other ranks through `store`; every rank of the group calls it, with equal size.
+
+        RankDied or TimeoutError when a peer does not come within `silence_s` seconds.
+        """
+        if size == 1:
+            return cls.single(device)
+        ranks = cls(rank, size, device, dist.PrefixStore("weaveinf/comm", store), silence_s)
+        try:
+            ranks._connect()
+        except BaseException:
+            ranks.close()
+            raise
+        return ranks
+
+    def _connect(self) -> None:
+        self.hosts = _find_hosts(self)
+        one_host = len(self.hosts) == 1
+        self.seams = self._group("seams", self.device.type, timedelta(seconds=self.silence_s))
+        able = one_host and self.size <= MAX_RANKS and segment.lib is not None
+        words = SharedVotes.bytes(self.size)
+        if all(self.agree("able" if able else "")):
+            try:
+                self.segment = segment.share(
+                    2 * self.size * LINE + words + SharedChannel.BYTES, self.rank, self.agree
+                )
+            except OSError:
+                self.segment = None  # on every rank; gloo serves as well
+        lines = self.size * LINE
+        if self.segment is not None and self.device.type == "cpu":
+            self.votes = SharedVotes(self.segment, 2 * lines, 0, self.size, self.silence_s)
+        else:
+            votes = self._group("votes", self.device.type, timedelta(seconds=self.silence_s))
+            self.votes = GlooVotes(votes, self.size)
+        if self.segment is not None:
+            self.control = SharedChannel(
+                self.segment, 2 * lines + words, lines, self.size, self.silence_s
+            )
+        else:
+            control = self._group("control", "cpu", _IDLE)
+            self.control = GlooChannel(control, self.rank, self.size, self.silence_s)
+        self.agree("connected")
+
+    def _group(self, name: str, device: str, timeout: timedelta) -> dist.ProcessGroup:
+        """One process group of its own, outside torch.distributed's global state."""
+        store = dist.PrefixStore(name, self._store)
+        group: dist.ProcessGroup
+        if device == "cuda":
+            group = dist.ProcessGroupNCCL(store, self.rank, self.size, timeout)
+        else:
+            options = dist.ProcessGroupGloo._Options()
+            options._timeout = timeout
+            one_host = len(self.hosts) == 1
+            options._devices = [
+                dist.ProcessGroupGloo.create_device(interface="lo")
+                if one_host
+                else dist.ProcessGroupGloo.create_default_device()
+            ]
+            group = dist.ProcessGroupGloo(store, self.rank, self.size, options)
+        self._groups.append(group)
+        return group
+
+    def agree(self, words: str) -> list[str]:
+        """The words of all ranks, in rank order: for start-up, through the store. Every rank calls it."""
+        if self._store is None:
+            return [words]
+        self._agreements += 1
+        keys = [f"agree/{self._agreements}/{r}" for r in range(self.size)]
+        self._store.set(keys[self.rank], words.encode() or b"-")
+        deadline = time.monotonic() + self.silence_s
+        pause = 0.0005
+        for rank, key in enumerate(keys):
+            while not self._heard(key):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"rank {rank} did not come to the start-up of the ranks within "
+                        f"{self.silence_s:.0f} s"
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+        heard = [self._store.get(key).decode() for key in keys]
+        return ["" if word == "-" else word for word in heard]
+
+    def _heard(self, key: str) -> bool:
+        assert self._store is not None
+        try:
+            return bool(self._store.check([key]))
+        except RuntimeError as error:
+            raise RankDied(None, f"the store that the ranks meet at is gone ({error})") from error
+
+    def close(self) -> None:
+        """Leaves the group. A peer that still waits for this rank is told that it is gone."""
+        self.progress.close()
+        for part in (getattr(self, "control", None), getattr(self, "votes", None), self.segment):
+            if part is not None:
+                part.close()
+        self._groups.clear()
+        self.seams = None
+        self._store = None
+
+
+def _find_hosts(ranks: Ranks) -> tuple[tuple[int, ...], ...]:
+    """Which ranks share a host: same boot, same network namespace, and each can map the other's memory.
+
+    Network namespaces of one machine share its name and /dev/shm, and are not one host.
+    """
+    places = ranks.agree(_place())
+    leader = places.index(places[ranks.rank])
+    mine: Segment | None = None
+    proof = secrets.token_hex(8)
+    said = ""
+    try:
+        if leader == ranks.rank and places.count(places[ranks.rank]) > 1:
+            try:
+                mine = Segment(_PAGE, ranks.rank)
+                mine.tensor(0, (16,), torch.uint8).copy_(
+                    torch.tensor(list(proof.encode()), dtype=torch.uint8)
+                )
+                said = mine.name
+            except OSError:
+                said = ""
+        names = ranks.agree(said)
+        answers = ranks.agree(
+            proof if leader == ranks.rank else _read_proof(names[leader], ranks.rank)
+        )
+    finally:
+        if mine is not None:
+            mine.close()
+    return _partition(places, answers)
+
+
+def _partition(places: Sequence[str], answers: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    hosts: dict[tuple[str, str], list[int]] = {}
+    for rank, (place, answer) in enumerate(zip(places, answers, strict=True)):
+        hosts.setdefault((place, answer or f"alone {rank}"), []).append(rank)
+    return tuple(tuple(host) for host in hosts.values())
+
+
+def _place() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
+    except OSError:
+        return secrets.token_hex(16)  # nothing is known of this machine: it is alone
+
+
+def _read_proof(name: str, rank: int) -> str:
+    """What the host's first rank wrote into its segment, or "" when it cannot be mapped."""
+    if not name:
+        return ""
+    try:
+        theirs = Segment(_PAGE, rank, name)
+    except OSError:
+        return ""
+    value = bytes(theirs.tensor(0, (16,), torch.uint8).tolist()).decode()
+    theirs.close()
+    return value

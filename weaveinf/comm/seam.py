@@ -1,0 +1,69 @@
+"""The seam between two blocks: partial sums over ranks, residual add, RMSNorm (DESIGN section 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """The norm that follows a block: weight [hidden], and what the families vary.
+
+    residual = round(residual + residual_scale * sum of partials);
+    x = round(residual / sqrt(mean(residual^2) + eps) * (weight + weight_offset)), all in float32.
+    """
+
+    weight: Tensor
+    eps: float
+    weight_offset: float = 0.0
+    residual_scale: float = 1.0
+
+
+class Seam(Protocol):
+    """One pass after another: open, then for every block partial, start, finish.
+
+    All ranks make the same calls with the same rows. A seam serves one half of a batch; two seams of one
+    group may be interleaved. RankDied or TimeoutError from start, finish, gather and insert when a peer
+    does not take part.
+    """
+
+    name: str
+    """Which kind, for the log."""
+
+    why: str
+    """One line: why this kind was chosen."""
+
+    def open(self, rows: int) -> None:
+        """Begins a pass of `rows` rows, the residual zero. ValueError beyond the seam's size."""
+
+    def partial(self) -> Tensor:
+        """[rows, hidden]: where the next block writes its partial sums. Content undefined before."""
+
+    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+        """Begins the sum, the add and the norm; runs to its end by itself.
+
+        kept: int64 ascending indices of the rows that go on. The block has then filled only
+        partial()[:len(kept)], with these rows.
+        """
+
+    def finish(self) -> Tensor:
+        """x [rows, hidden], the same bits on every rank, valid until this seam's next start."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[len(rows), hidden]: whole residual rows, on every rank; every rank calls it."""
+
+    def insert(self, rows: Tensor, values: Tensor) -> None:
+        """Replaces whole residual rows; every rank calls it with the same values."""
+
+    def close(self) -> None:
+        """Releases its memory and leaves; idempotent, waits for nobody."""
+
+
+def share_of(rows: int, size: int, rank: int) -> tuple[int, int]:
+    """[first, last) of a rank's contiguous share of rows; the first ranks take the remainder."""
+    each, extra = divmod(rows, size)
+    first = rank * each + min(rank, extra)
+    return first, first + each + (rank < extra)

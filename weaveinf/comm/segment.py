@@ -1,0 +1,211 @@
+"""A segment of POSIX shared memory that all ranks of one host map, and the calls into csrc/cpu/shm.cpp.
+
+A segment has a name only while the ranks are mapping it: it is unlinked as soon as all have, so whatever
+happens later, nothing is left behind. Its pages are reserved when it is made, so that a full /dev/shm is
+an error message and not a SIGBUS. Each rank holds a record lock on one byte of the file; the lock's end
+tells the others of the rank's end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weaveinf.comm.errors import RankDied
+from weaveinf.ops.native import DIRECTORY
+
+SHM = Path("/dev/shm")
+MAX_RANKS = 8
+LINE = 128
+"""Bytes of one rank's counter line (struct Line)."""
+
+SILENCE_S = 300.0
+"""How long a living peer may stay silent before a wait gives up."""
+
+_P, _I64, _I32, _U64, _F = (
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int32,
+    ctypes.c_uint64,
+    ctypes.c_float,
+)
+
+
+class Group(ctypes.Structure):
+    """struct Group of shm.cpp: who meets where."""
+
+    _fields_ = [
+        ("lines", _P),
+        ("deadline_ns", _I64),
+        ("epoch", _U64),
+        ("rank", _I32),
+        ("size", _I32),
+        ("fd", _I32),
+        ("broken", _I32),
+        ("crowded", _I32),
+    ]
+
+
+_SIGNATURES: dict[str, list[type]] = {
+    "weaveinf_meet": [_P, _U64],
+    "weaveinf_votes_sum": [_P, _P, _P, _I64],
+    "weaveinf_channel_send": [_P, _P, _I64],
+    "weaveinf_channel_length": [_P, _I64, _P],
+    "weaveinf_channel_take": [_P, _P, _I64],
+    "weaveinf_seam_start": [_P, _P, _I64, _P, ctypes.c_int, _F, _F, _F],
+    "weaveinf_seam_finish": [_P],
+}
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    path = DIRECTORY / "libweaveinf_shm.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, arguments in _SIGNATURES.items():
+            getattr(library, name).argtypes = arguments
+            getattr(library, name).restype = ctypes.c_int
+    except (OSError, AttributeError) as error:
+        return None, f"the shared-memory kernels do not load ({error})"
+    return library, ""
+
+
+lib, reason = _load()
+"""The library, or None and one line that says why."""
+
+SILENT = 2
+"""The kind of result that means: the time is over, and the peers live."""
+
+
+def check(code: int, doing: str) -> None:
+    """Raises what a result of the library means: RankDied, TimeoutError, RuntimeError, ValueError."""
+    if code == 0:
+        return
+    kind, rank = divmod(code, 256)
+    if kind == 1:
+        raise RankDied(rank, f"its process ended or left the group ({doing})")
+    if kind == SILENT:
+        raise TimeoutError(f"rank {rank} lives but did not come to {doing} in time")
+    if kind == 3:
+        raise RuntimeError(
+            f"rank {rank} came to {doing} with another size: the ranks' steps differ"
+        )
+    raise ValueError("the kept rows must ascend and be rows of this pass")
+
+
+class Segment:
+    """One shared mapping. Made by the lowest rank, mapped by the others, of one host.
+
+    The maker passes no name and hands `name` to the others; `unlink()` once all have mapped.
+    OSError when it cannot be made or mapped, with the remedy when /dev/shm is too small.
+    """
+
+    def __init__(self, size: int, rank: int, name: str | None = None) -> None:
+        self.name = name or f"weaveinf-{secrets.token_hex(8)}"
+        self.size = size
+        self.rank = rank
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if name is None else 0)
+        self.fd = os.open(SHM / self.name, flags, 0o600)
+        try:
+            if name is None:
+                self._reserve()
+            populate = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._map = mmap.mmap(self.fd, size, flags=populate)
+            # Of the process, not inherited by a fork, and gone with it. It also goes when the process
+            # closes any descriptor of this file, hence one open() a process.
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except BaseException:
+            self.close()
+            raise
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def _reserve(self) -> None:
+        try:
+            os.posix_fallocate(self.fd, 0, self.size)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            free = os.statvfs(SHM)
+            raise OSError(
+                errno.ENOSPC,
+                f"/dev/shm is too small: {self.size / 2**20:.1f} MiB needed, "
+                f"{free.f_bavail * free.f_frsize / 2**20:.1f} MiB free; enlarge it "
+                f"(docker run --shm-size, mount -o remount,size=) or lower the tokens per step",
+            ) from None
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A view of the mapping, from `offset` bytes on. It keeps the mapping alive."""
+        count = 1
+        for extent in shape:
+            count *= extent
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def group(self, offset: int, size: int, silence_s: float) -> Group:
+        """The counter lines at `offset`, met by ranks 0 to size-1 of this segment."""
+        return Group(
+            lines=self.address + offset,
+            deadline_ns=int(silence_s * 1e9),
+            rank=self.rank,
+            size=size,
+            fd=self.fd,
+            crowded=size > len(os.sched_getaffinity(0)),
+        )
+
+    def unlink(self) -> None:
+        """Takes the name away, if it is still there."""
+        with suppress(FileNotFoundError):
+            (SHM / self.name).unlink()
+
+    def close(self) -> None:
+        """Tells the peers that this rank is gone. The memory goes with its last view."""
+        self.unlink()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def share(size: int, rank: int, agree: Callable[[str], list[str]]) -> Segment:
+    """Makes one segment for all ranks (0 to n-1, one host); every rank calls it.
+
+    `agree(words)` gives every rank the words of all ranks, in rank order. OSError on all ranks when
+    one of them fails.
+    """
+    segment: Segment | None = None
+    said = ""
+    agree("")  # all are here: the name lives for milliseconds
+    try:
+        if rank == 0:
+            try:
+                segment = Segment(size, 0)
+                said = segment.name
+            except OSError as error:
+                said = f"!{error.strerror}"
+        name = agree(said)[0]
+        if name.startswith("!"):
+            raise OSError(errno.ENOSPC, name[1:])
+        said = ""
+        if rank != 0:
+            try:
+                segment = Segment(size, rank, name)
+            except OSError as error:
+                said = f"rank {rank} cannot map the segment of rank 0: {error.strerror}"
+        failures = [words for words in agree(said) if words]
+        if failures or segment is None:
+            raise OSError(errno.EIO, failures[0])
+        segment.unlink()
+        return segment
+    except BaseException:
+        if segment is not None:
+            segment.close()
+        raise

@@ -1,0 +1,187 @@
+"""The seam of CPU ranks on one host: csrc/cpu/shm.cpp, one pass over shared memory, no sockets."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from weaveinf.comm import segment
+from weaveinf.comm.ranks import Ranks
+from weaveinf.comm.seam import Joint, share_of
+from weaveinf.comm.segment import LINE, Group, check, share
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+_FEW_ELEMENTS = 12288
+"""Up to so many elements (rows x hidden) every rank computes all rows behind one meeting, which is then
+cheaper than computing shares of them between two (measured on two Zen 3 cores; see DESIGN)."""
+
+_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _State(ctypes.Structure):
+    """struct Seam of shm.cpp."""
+
+    _fields_ = [
+        ("group", Group),
+        ("partials", _P),
+        ("few_partials", _P),
+        ("residuals", _P),
+        ("x", _P),
+        ("own_residual", _P),
+        ("own_x", _P),
+        ("scratch", _P),
+        ("max_rows", _I64),
+        ("few_rows", _I64),
+        ("hidden", _I64),
+        ("rows", _I64),
+        ("bfloat16", _I32),
+        ("threads", _I32),
+        ("side", _I32),
+        ("turn", _I32),
+        ("fresh", _I32),
+        ("shared", _I32),
+        ("waiting", _I32),
+    ]
+
+
+class SharedSeam:
+    """See `Seam`; for up to `max_rows` rows of `hidden` elements of float32 or bfloat16.
+
+    `start` runs to its end in the calling thread: there are no other cores to hide it under. OSError on all
+    ranks when the segment cannot be made on one of them.
+    """
+
+    name = "shared memory"
+    why = "CPU ranks of one host"
+
+    def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
+        assert segment.lib is not None
+        self._start = segment.lib.weaveinf_seam_start
+        self._finish = segment.lib.weaveinf_seam_finish
+        self._meet = segment.lib.weaveinf_meet
+        size, rank = ranks.size, ranks.rank
+        few = min(max_rows, _FEW_ELEMENTS // hidden)
+        item = dtype.itemsize
+        # The planes of the segment, each on a page of its own: counters, partials, few partials, residuals, x.
+        planes = [size * max_rows, 2 * size * few, 2 * max_rows, max_rows]
+        at = [-(-size * LINE // 4096) * 4096]
+        for rows in planes:
+            at.append(at[-1] + -(-rows * hidden * item // 4096) * 4096)
+        self._segment = seg = share(at[-1], rank, ranks.agree)
+        threads = torch.get_num_threads()
+        self._own = torch.zeros(2, max(few, 1), hidden, dtype=dtype)
+        self._scratch = torch.empty(threads + 1, hidden)
+        self._state = _State(
+            group=seg.group(0, size, ranks.silence_s),
+            partials=seg.address + at[0],
+            few_partials=seg.address + at[1],
+            residuals=seg.address + at[2],
+            x=seg.address + at[3],
+            own_residual=self._own[0].data_ptr(),
+            own_x=self._own[1].data_ptr(),
+            scratch=self._scratch.data_ptr(),
+            max_rows=max_rows,
+            few_rows=few,
+            hidden=hidden,
+            bfloat16=dtype == torch.bfloat16,
+            threads=threads,
+        )
+        self._address = ctypes.addressof(self._state)
+        self._partial = seg.tensor(at[0], (size, max_rows, hidden), dtype)[rank]
+        self._few_partials = seg.tensor(at[1], (2, size, few, hidden), dtype)[:, rank].unbind(0)
+        self._residuals = seg.tensor(at[2], (2, max_rows, hidden), dtype).unbind(0)
+        self._x = seg.tensor(at[3], (max_rows, hidden), dtype)
+        self._views: dict[tuple[int, int], Tensor] = {}
+        self._rows = 0
+        self._few = few
+        self._size, self._rank, self._max_rows = size, rank, max_rows
+
+    def open(self, rows: int) -> None:
+        """See `Seam.open`."""
+        if rows > self._max_rows:
+            raise ValueError(f"{rows} rows in a seam made for {self._max_rows}")
+        self._rows = self._state.rows = rows
+        self._state.fresh = 1
+        self._state.shared = rows > self._few
+
+    def _view(self, which: int, of: Tensor) -> Tensor:
+        """The first rows of a buffer; few rows come again and again, so their views are kept."""
+        if self._rows > self._few:
+            return of[: self._rows]
+        key = (which, self._rows)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = of[: self._rows]
+        return view
+
+    def partial(self) -> Tensor:
+        """See `Seam.partial`. For few rows two buffers take turns."""
+        if self._rows > self._few:
+            return self._partial[: self._rows]
+        turn = self._state.turn
+        return self._view(turn, self._few_partials[turn])
+
+    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+        """See `Seam.start`."""
+        weight = joint.weight
+        if weight.dtype not in DTYPES:
+            weight = weight.float()
+        weight = weight.contiguous()
+        if kept is None:
+            where, rows = None, self._rows
+        else:
+            kept = kept.contiguous()
+            where, rows = kept.data_ptr(), kept.numel()
+        code = self._start(
+            self._address,
+            where,
+            rows,
+            weight.data_ptr(),
+            weight.dtype == torch.bfloat16,
+            joint.eps,
+            joint.weight_offset,
+            joint.residual_scale,
+        )
+        if code:
+            check(code, "a seam")
+        self._rows = rows
+
+    def finish(self) -> Tensor:
+        """See `Seam.finish`."""
+        code = self._finish(self._address)
+        if code:
+            check(code, "a seam")
+        if self._rows > self._few:
+            return self._x[: self._rows]
+        return self._view(2, self._own[1])
+
+    def _residual(self) -> Tensor:
+        return self._residuals[self._state.side] if self._state.shared else self._own[0]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """See `Seam.gather`. All rows lie where every rank can read them."""
+        if self._state.fresh:
+            return self._own.new_zeros(len(rows), self._own.shape[2])
+        return self._residual()[: self._rows].index_select(0, rows)
+
+    def insert(self, rows: Tensor, values: Tensor) -> None:
+        """See `Seam.insert`. Each rank writes its share of the rows, between two meetings."""
+        first, last = 0, self._rows
+        if self._state.shared:
+            first, last = share_of(self._rows, self._size, self._rank)
+        check(self._meet(self._address, len(rows)), "an insertion")
+        residual = self._residual()[: self._rows]
+        if self._state.fresh:
+            residual[first:last] = 0
+            self._state.fresh = 0
+        mine = (rows >= first) & (rows < last)
+        residual.index_copy_(0, rows[mine], values[mine])
+        check(self._meet(self._address, len(rows)), "an insertion")
+
+    def close(self) -> None:
+        """See `Seam.close`."""
+        self._state.group.broken = 256 + self._rank
+        self._segment.close()

@@ -1,0 +1,85 @@
+"""Sums over ranks that a block needs in its middle: small float32 tensors, in rank order."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weaveinf.comm import segment
+from weaveinf.comm.segment import Group, Segment, check
+from weaveinf.comm.waits import wait_for
+
+_CHUNK = 16384
+"""Floats of one vote that pass at once; longer votes go in chunks."""
+
+
+class Votes(Protocol):
+    """Sums over ranks. Every rank calls in the same order, from one thread."""
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum over ranks of a float32 tensor of any shape: added in rank order, the same bits on all
+        ranks. RankDied or TimeoutError when a peer does not take part."""
+
+    def close(self) -> None:
+        """Takes part no longer."""
+
+
+class _State(ctypes.Structure):
+    """struct Votes of shm.cpp."""
+
+    _fields_ = [("group", Group), ("slots", ctypes.c_void_p), ("chunk", ctypes.c_int64)]
+
+
+class SharedVotes:
+    """Votes through a segment; `at`: byte offset of the slots, `lines`: of the counter lines."""
+
+    def __init__(self, seg: Segment, at: int, lines: int, size: int, silence_s: float) -> None:
+        assert segment.lib is not None
+        self._sum = segment.lib.weaveinf_votes_sum
+        self._state = _State(seg.group(lines, size, silence_s), seg.address + at, _CHUNK)
+        self._address = ctypes.addressof(self._state)
+        self._segment = seg
+
+    @staticmethod
+    def bytes(size: int) -> int:
+        """Bytes of the slots for `size` ranks: two turns."""
+        return 2 * size * _CHUNK * 4
+
+    def sum(self, t: Tensor) -> Tensor:
+        """See `Votes.sum`."""
+        given = t.contiguous()
+        out = torch.empty_like(given)
+        check(self._sum(self._address, given.data_ptr(), out.data_ptr(), given.numel()), "a vote")
+        return out
+
+    def close(self) -> None:
+        """See `Votes.close`."""
+        self._state.group.broken = 256 + self._state.group.rank
+
+
+class GlooVotes:
+    """Votes by an all-gather, added up locally; also the votes of a single rank."""
+
+    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
+        self._group = group
+        self._size = size
+
+    def sum(self, t: Tensor) -> Tensor:
+        """See `Votes.sum`."""
+        if self._group is None or t.numel() == 0:
+            return t
+        given = t.contiguous()
+        parts = [torch.empty_like(given) for _ in range(self._size)]
+        wait_for(self._group.allgather([parts], [given]), None, "a vote")
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def close(self) -> None:
+        """See `Votes.close`."""
+        self._group = None
