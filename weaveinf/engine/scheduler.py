@@ -319,10 +319,10 @@ class Scheduler:
             flight.number,
             admissions,
             *columns,
-            by_reference=np.array(by_reference, np.bool_),
-            token_ids=np.array(tokens, np.int64),
-            new_pages=np.array(pages, np.int64),
-            targets=np.array(targets, np.int64),
+            np.array(by_reference, np.bool_),
+            np.array(tokens, np.int64),
+            np.array(pages, np.int64),
+            np.array(targets, np.int64),
         )
 
     def update(self, step: Step, output: StepOutput) -> list[tuple[Request, list[int]]]:
@@ -347,11 +347,9 @@ class Scheduler:
             if request.logprobs is not None:
                 request.logprobs.append(_token_logprob(request, token, output.logprobs, i))
             self._prefixes.publish(request)
-            if token in request.stop_ids and len(request.output_token_ids) > (
-                request.params.min_tokens
-            ):
-                own = token in request.params.stop_token_ids
-                self.finish(request, "stop", token if own else None)
+            params = request.params
+            if token in request.stop_ids and len(request.output_token_ids) > params.min_tokens:
+                self.finish(request, "stop", token if token in params.stop_token_ids else None)
             elif request.num_known >= request.limit:
                 self.finish(request, "length")
             events.append((request, [token]))
