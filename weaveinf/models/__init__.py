@@ -1,0 +1,1 @@
+"""Decoder-only model families: their configs, blocks and checkpoints."""

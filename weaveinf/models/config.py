@@ -1,0 +1,292 @@
+"""What a model is: the facts of a Hugging Face `config.json`, checked once, immutable afterwards.
+
+`Fields` reads single values and refuses wrong ones by name; `ModelConfig` is the result. Which
+fields a family has, and their defaults, is declared in the family's own file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weaveinf.models.rope import Rope
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Keys that change the arithmetic in ways no family here has, with the values that mean "off".
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "clip_qkv": (None,),
+    "attention_chunk_size": (None,),
+    "no_rope_layers": (None, []),
+    "partial_rotary_factor": (None, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of a model: `count` experts of width `intermediate_size`, `top_k` per token.
+
+    `layers[i]` says whether layer i has the mixture; `renormalize` whether the weights of the
+    chosen experts are scaled to sum to one.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    renormalize: bool
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only model. Sizes are those of the whole model, not of a rank's share.
+
+    Attributes:
+        windows: per layer, how many positions a query sees, its own included; None: all.
+        qkv_bias, output_bias, mlp_bias: biases of q/k/v, of the output projection, of the MLP.
+        qk_norm: RMSNorm over each head's q and k before the rotation.
+        max_model_len: positions that a request may use; the rotary table has as many rows.
+        dtype: of the checkpoint, as its config says (float32 where it does not).
+        eos_token_ids: of generation_config.json where it names any, else of config.json.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: Rope
+    max_model_len: int
+    windows: tuple[int | None, ...]
+    dtype: torch.dtype
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    experts: Experts | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(
+        cls, raw: Mapping[str, Any], max_model_len: int | None = None, where: str = "config.json"
+    ) -> ModelConfig:
+        """Checks a parsed config.json.
+
+        Raises:
+            ValueError: unknown or unsupported architecture, feature or value, naming it.
+        """
+        # Here and not above: the families import this module.
+        from weaveinf.models.registry import family_of
+
+        for key, remedy in (
+            ("auto_map", "it needs remote code, which is never run; use a model of a known family"),
+            ("quantization_config", "its weights are quantized; use the unquantized checkpoint"),
+            ("compression_config", "its weights are quantized; use the unquantized checkpoint"),
+        ):
+            if raw.get(key):
+                raise ValueError(f"{where} has {key!r}: {remedy}")
+        for key, neutral in _NEUTRAL.items():
+            if raw.get(key) not in neutral:
+                raise ValueError(f"{where}: {key}={raw[key]!r} is not supported by these families")
+        config = family_of(raw, where).configure(Fields(raw, where))
+        return config.limited_to(max_model_len) if max_model_len is not None else config
+
+    @classmethod
+    def from_path(cls, path: str | Path, max_model_len: int | None = None) -> ModelConfig:
+        """Reads `path/config.json` (and the stop tokens of `generation_config.json`)."""
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist: {path} is not a Hugging Face checkpoint")
+        config = cls.from_dict(read_json(file), max_model_len, str(file))
+        generation = Path(path) / "generation_config.json"
+        if generation.is_file():
+            fields = Fields(read_json(generation), str(generation))
+            stops = fields.token_ids("eos_token_id")
+            config = replace(config, eos_token_ids=stops or config.eos_token_ids)
+        return config
+
+    def limited_to(self, max_model_len: int) -> ModelConfig:
+        """The same model for requests of at most `max_model_len` positions."""
+        if not 1 <= max_model_len <= self.rope.max_positions:
+            raise ValueError(
+                f"max_model_len={max_model_len} is outside 1..{self.rope.max_positions}, "
+                "the positions this model's rotary embedding reaches"
+            )
+        return replace(self, max_model_len=max_model_len)
+
+    def check_ranks(self, size: int) -> None:
+        """Refuses a number of ranks that does not divide what must be cut evenly."""
+        cuts = {"num_attention_heads": self.num_heads, "intermediate_size": self.intermediate_size}
+        if self.experts is not None:
+            if all(self.experts.layers):
+                del cuts["intermediate_size"]
+            cuts["the experts' intermediate size"] = self.experts.intermediate_size
+        for name, value in cuts.items():
+            if value % size:
+                raise ValueError(
+                    f"{name}={value} is not divisible by {size} ranks: use fewer ranks"
+                )
+        kv = self.num_kv_heads
+        if kv % size and size % kv:
+            raise ValueError(
+                f"num_key_value_heads={kv} is neither a multiple nor a divisor of {size} ranks: "
+                "use another number of ranks"
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming the file if there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return value
+
+
+class Fields:
+    """Typed, checked access to a config's raw values; None counts as absent."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw = raw
+        self.where = where
+
+    def refuse(self, key: str, wanted: str) -> ValueError:
+        return ValueError(f"{self.where}: {key}={self.raw.get(key)!r}, expected {wanted}")
+
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.refuse(key, f"an integer of at least {least}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refuse(key, "a number")
+        if not (math.isfinite(value) and value > 0):
+            raise self.refuse(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, bool):
+            raise self.refuse(key, "true or false")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.raw.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise self.refuse(key, "a token id or a list of them")
+        return tuple(i for i in ids if i >= 0)
+
+    def windows(
+        self, layers: int, window: int | None, slides: Sequence[bool]
+    ) -> tuple[int | None, ...]:
+        """Each layer's window: `window` where `slides`, unless `layer_types` says otherwise."""
+        types = self.raw.get("layer_types")
+        if window is None:
+            return (None,) * layers
+        if types is not None:
+            if not isinstance(types, list) or len(types) != layers:
+                raise self.refuse("layer_types", f"a list of {layers} layer types")
+            unknown = sorted({str(t) for t in types} - {"sliding_attention", "full_attention"})
+            if unknown:
+                raise ValueError(f"{self.where}: layer_types has {unknown[0]!r}, which is unknown")
+            slides = [t == "sliding_attention" for t in types]
+        return tuple(window if slide else None for slide in slides)
+
+    def qwen_windows(self) -> tuple[int | None, ...]:
+        """Qwen's rule: `use_sliding_window`, and then only from layer `max_window_layers` on."""
+        layers = self.integer("num_hidden_layers")
+        used = self.flag("use_sliding_window") and self.raw.get("sliding_window", 4096) is not None
+        window = self.integer("sliding_window", 4096) if used else None
+        first = self.integer("max_window_layers", 28, least=0)
+        return self.windows(layers, window, [i >= first for i in range(layers)])
+
+    def decoder(
+        self,
+        *,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int,
+        kv_heads: int | None = None,
+        **declared: Any,
+    ) -> ModelConfig:
+        """The config of a family: the fields all of them share, plus what it declares itself."""
+        activation = self.raw.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise self.refuse("hidden_act", "'silu', the only supported activation")
+        layers, hidden = self.integer("num_hidden_layers"), self.integer("hidden_size")
+        heads = self.integer("num_attention_heads")
+        kv_heads = self.integer("num_key_value_heads", kv_heads or heads)
+        if heads % kv_heads:
+            raise self.refuse("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
+        head_dim = declared.pop("head_dim", None)
+        if head_dim is None:
+            if self.raw.get("head_dim") is None and hidden % heads:
+                raise self.refuse("hidden_size", f"a multiple of num_attention_heads={heads}")
+            head_dim = self.integer("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ValueError(
+                f"{self.where}: head_dim={head_dim} is odd; rotary embedding needs pairs"
+            )
+        rope = Rope.parse(
+            self.raw,
+            head_dim,
+            self.integer("max_position_embeddings", max_position_embeddings),
+            rope_theta,
+            self.where,
+        )
+        dtype = self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32"
+        if str(dtype).removeprefix("torch.") not in _DTYPES:
+            raise self.refuse(
+                "dtype" if self.raw.get("dtype") else "torch_dtype", f"one of {[*_DTYPES]}"
+            )
+        bos = self.token_ids("bos_token_id")
+        shared: dict[str, Any] = {
+            "windows": (None,) * layers,
+            "tie_word_embeddings": self.flag("tie_word_embeddings"),
+        }
+        return ModelConfig(
+            vocab_size=self.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=self.integer("intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=self.number("rms_norm_eps", rms_norm_eps),
+            rope=rope,
+            max_model_len=rope.default_positions,
+            dtype=_DTYPES[str(dtype).removeprefix("torch.")],
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=self.token_ids("eos_token_id"),
+            **(shared | declared),
+        )

@@ -1,0 +1,389 @@
+"""The blocks that the families are made of, and the chain that joins them (DESIGN section 1).
+
+A block turns normalised rows `x`, the same on every rank, into this rank's partial sums:
+`block(x, batch, out)` fills `out` and returns None, or fills `out[:len(kept)]` and returns the
+ascending row indices `kept` that go on. Query heads, the MLP's width and the vocabulary are split
+over the ranks; what a rank lacks, the seam's sum over ranks adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.cache.pools import Pools, PoolSpec
+from weaveinf.comm.seam import Joint
+from weaveinf.models.config import ModelConfig
+from weaveinf.models.weights import Piece, Weights, columns, rows
+from weaveinf.ops.activation import silu_mul
+from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.linear import PackedWeight, linear
+from weaveinf.ops.moe import moe, route
+from weaveinf.ops.norm import rms_norm
+from weaveinf.ops.rope import rope_, write_kv
+
+T = TypeVar("T")
+Kept = Tensor | None
+Block = Callable[[Tensor | None, Batch, Tensor], Kept | Generator[Tensor, Tensor, Kept]]
+
+
+class Scratch:
+    """Memory that a block needs only while it runs, shared by all blocks of a model.
+
+    Layers repeat the same shapes, so what was made for the previous block serves the next.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+        self._made: dict[Any, tuple[int, Any]] = {}
+
+    def get(self, key: Any, count: int, make: Callable[[int], T]) -> T:
+        """What `make(count)` returned, made anew only when `count` is not the one of last time."""
+        made = self._made.get(key)
+        if made is None or made[0] != count:
+            self._made[key] = made = (count, make(count))
+        return made[1]
+
+    def empty(
+        self, name: str, count: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Uninitialised [count, width]; the memory grows to the largest ever asked and is kept."""
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < count * width:
+            self._made.clear()  # views of the memory that is given up
+            self._flat[name] = flat = torch.empty(count * width, dtype=dtype, device=device)
+        return flat[: count * width].view(count, width)
+
+
+class Share:
+    """The part of every layer that one rank of `size` owns."""
+
+    def __init__(self, config: ModelConfig, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.heads = self.of(config.num_heads)
+        kv = config.num_kv_heads
+        # More ranks than KV heads: each rank keeps a copy of the one that its query heads read.
+        self.kv_heads = (
+            self.of(kv) if size <= kv else range(rank * kv // size, rank * kv // size + 1)
+        )
+        self.vocab_shard = -(-config.vocab_size // size)
+        self.vocab_start = rank * self.vocab_shard
+        first, stop = (
+            min(v, config.vocab_size)
+            for v in (self.vocab_start, self.vocab_start + self.vocab_shard)
+        )
+        self.vocab = range(first, stop)
+
+    def of(self, total: int) -> range:
+        """This rank's share of `total` things, which the ranks divide evenly."""
+        return range(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+
+@dataclass
+class Parts:
+    """What every block is built from: config, share, weights; and the scratch memory they share."""
+
+    config: ModelConfig
+    share: Share
+    weights: Weights
+    rotary: Tensor
+    scratch: Scratch
+
+    def bias(self, wanted: bool, *pieces: Piece) -> Tensor | None:
+        return self.weights.tensor(*pieces) if wanted else None
+
+    def row_bias(self, wanted: bool, name: str, n: int) -> Tensor | None:
+        """The bias of a layer whose inputs are split: rank 0 alone adds it to its partial sums."""
+        bias = self.bias(wanted, Piece(name, (n,)))
+        return bias if self.share.rank == 0 else None
+
+    def norm(self, name: str) -> Joint:
+        weight = self.weights.tensor(Piece(name, (self.config.hidden_size,)))
+        return Joint(weight, self.config.rms_norm_eps)
+
+
+class Embedding:
+    """Rows of the embedding table; a token of another rank's vocabulary shard gives zeros."""
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        share, config = parts.share, parts.config
+        self.start, self.size = share.vocab_start, len(share.vocab)
+        self.whole = share.size == 1
+        piece = rows(name, config.vocab_size, config.hidden_size, share.vocab)
+        # The row of zeros behind the shard stands for every foreign token.
+        self.table = parts.weights.tensor(piece, pad=0 if self.whole else 1)
+
+    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
+        ids = batch.input_ids
+        if not self.whole:
+            ids = ids - self.start
+            ids = torch.where((ids < 0) | (ids >= self.size), self.size, ids)
+        torch.index_select(self.table, 0, ids, out=out)
+
+
+class _Heads(NamedTuple):
+    """Scratch of an attention block: one row per token, and its views per head."""
+
+    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    qk: Tensor
+    mixed: Tensor
+    mixed_heads: Tensor
+
+
+class Attention:
+    """Causal attention with grouped queries and rotary positions:
+
+        q, k, v = W_q x, W_k x, W_v x           (+ biases; with q/k norm: q, k = norm(q), norm(k))
+        out     = W_o softmax(R(q) R(k)^T / sqrt(head_dim)) v
+
+    over the cached keys of the sequence, its window if it has one. In the last layer, keys and
+    values are written for all rows, but queries are computed only for those whose logits are wanted.
+    """
+
+    def __init__(self, parts: Parts, layer: int, name: str) -> None:
+        config, share, weights = parts.config, parts.share, parts.weights
+        self.layer = layer
+        self.dim = dim = config.head_dim
+        self.scale = dim**-0.5
+        self.window = config.windows[layer]
+        self.eps = config.rms_norm_eps
+        self.heads, self.kv_heads = len(share.heads), len(share.kv_heads)
+        self.last = layer == config.num_layers - 1
+        self.rotary, self.scratch = parts.rotary, parts.scratch
+        self.dtype, self.device = weights.dtype, weights.device
+
+        def cut(which: str, total: int, own: range) -> tuple[Piece, Piece]:
+            span = range(own.start * dim, own.stop * dim)
+            bias = Piece(
+                f"{name}.{which}_proj.bias", (total * dim,), (slice(span.start, span.stop),)
+            )
+            return rows(f"{name}.{which}_proj.weight", total * dim, config.hidden_size, span), bias
+
+        q, q_bias = cut("q", config.num_heads, share.heads)
+        k, k_bias = cut("k", config.num_kv_heads, share.kv_heads)
+        v, v_bias = cut("v", config.num_kv_heads, share.kv_heads)
+        # One product makes q, k and v; in the last layer q is apart, for its fewer rows.
+        self.qkv = weights.packed(k, v) if self.last else weights.packed(q, k, v)
+        self.qkv_bias = parts.bias(
+            config.qkv_bias, *((k_bias, v_bias) if self.last else (q_bias, k_bias, v_bias))
+        )
+        self.q = weights.packed(q) if self.last else None
+        self.q_bias = parts.bias(config.qkv_bias, q_bias) if self.last else None
+        self.q_norm = parts.bias(config.qk_norm, Piece(f"{name}.q_norm.weight", (dim,)))
+        self.k_norm = parts.bias(config.qk_norm, Piece(f"{name}.k_norm.weight", (dim,)))
+        span = range(share.heads.start * dim, share.heads.stop * dim)
+        self.o = weights.packed(
+            columns(f"{name}.o_proj.weight", config.hidden_size, config.num_heads * dim, span)
+        )
+        self.o_bias = parts.row_bias(config.output_bias, f"{name}.o_proj.bias", config.hidden_size)
+        self.keys = self.values = torch.empty(0)
+
+    def bind(self, pools: Pools) -> None:
+        """Gives the layer its pages: [num_pages, page_size, kv_heads, head_dim]."""
+        self.keys, self.values = pools["key"][self.layer], pools["value"][self.layer]
+
+    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> Kept:
+        assert x is not None
+        if self.q is not None:
+            return self._last(x, batch, out, self.q)
+        s = self.scratch.get("attention", x.shape[0], self._heads)
+        linear(x, self.qkv, self.qkv_bias, out=s.qkv)
+        if self.q_norm is not None and self.k_norm is not None:
+            rms_norm(s.q, self.q_norm, self.eps, out=s.q)
+            rms_norm(s.k, self.k_norm, self.eps, out=s.k)
+        rope_(s.qk, self.rotary, batch.positions)
+        write_kv(s.k, s.v, self.keys, self.values, batch.slot_mapping)
+        self._attend(s, batch, out)
+        return None
+
+    def _last(self, x: Tensor, batch: Batch, out: Tensor, w_q: PackedWeight) -> Kept:
+        s = self.scratch.get("attention, keys", x.shape[0], self._heads)
+        linear(x, self.qkv, self.qkv_bias, out=s.qkv[:, self.heads * self.dim :])
+        if self.k_norm is not None:
+            rms_norm(s.k, self.k_norm, self.eps, out=s.k)
+        rope_(s.k, self.rotary, batch.positions)
+        write_kv(s.k, s.v, self.keys, self.values, batch.slot_mapping)
+        kept = None
+        if batch.logit_rows.shape[0] < batch.num_tokens:
+            kept = batch.logit_rows
+            x, batch = x[kept], batch.take(kept)
+            s = self.scratch.get("attention, queries", x.shape[0], self._heads)
+            out = out[: x.shape[0]]
+        linear(x, w_q, self.q_bias, out=s.qkv[:, : self.heads * self.dim])
+        if self.q_norm is not None:
+            rms_norm(s.q, self.q_norm, self.eps, out=s.q)
+        rope_(s.q, self.rotary, batch.positions)
+        self._attend(s, batch, out)
+        return kept
+
+    def _attend(self, s: _Heads, batch: Batch, out: Tensor) -> None:
+        paged_attention(
+            s.q,
+            self.keys,
+            self.values,
+            batch.block_table,
+            batch.cu_seqlens_q,
+            batch.positions,
+            self.scale,
+            self.window,
+            out=s.mixed_heads,
+        )
+        linear(s.mixed, self.o, self.o_bias, out=out)
+
+    def _heads(self, count: int) -> _Heads:
+        h, kv, d = self.heads, self.kv_heads, self.dim
+        qkv = self.scratch.empty("attention", count, (h + 2 * kv) * d, self.dtype, self.device)
+        mixed = self.scratch.empty("attention, mixed", count, h * d, self.dtype, self.device)
+        split = qkv.view(count, h + 2 * kv, d)
+        return _Heads(
+            qkv,
+            split[:, :h],
+            split[:, h : h + kv],
+            split[:, h + kv :],
+            split[:, : h + kv],
+            mixed,
+            mixed.view(count, h, d),
+        )
+
+
+class Mlp:
+    """The gated MLP: out = W_down (silu(W_gate x) * W_up x), its width split over the ranks."""
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        config, weights = parts.config, parts.weights
+        hidden, inner = config.hidden_size, config.intermediate_size
+        own = parts.share.of(inner)
+        span = (slice(own.start, own.stop),)
+        up = [f"{name}.{which}_proj" for which in ("gate", "up")]
+        self.gate_up = weights.packed(*(rows(f"{n}.weight", inner, hidden, own) for n in up))
+        self.gate_up_bias = parts.bias(
+            config.mlp_bias, *(Piece(f"{n}.bias", (inner,), span) for n in up)
+        )
+        self.down = weights.packed(columns(f"{name}.down_proj.weight", hidden, inner, own))
+        self.down_bias = parts.row_bias(config.mlp_bias, f"{name}.down_proj.bias", hidden)
+        self.width = len(own)
+        self.scratch, self.dtype, self.device = parts.scratch, weights.dtype, weights.device
+
+    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
+        assert x is not None
+        both, inner = self.scratch.get("mlp", x.shape[0], self._widths)
+        linear(x, self.gate_up, self.gate_up_bias, out=both)
+        silu_mul(both, out=inner)
+        linear(inner, self.down, self.down_bias, out=out)
+
+    def _widths(self, count: int) -> tuple[Tensor, Tensor]:
+        both = self.scratch.empty("mlp", count, 2 * self.width, self.dtype, self.device)
+        return both, self.scratch.empty("mlp, inner", count, self.width, self.dtype, self.device)
+
+
+class ExpertMlp:
+    """The mixture: out = sum of p_e Mlp_e(x) over the top_k experts e of softmax(W_router x).
+
+    Every rank routes alike and holds its share of every expert's width. `projections` names gate,
+    up and down within an expert. Checkpoints keep experts one by one, or fused as
+    `experts.gate_up_proj` [count, 2 width, hidden], `experts.down_proj` [count, hidden, width].
+    """
+
+    def __init__(self, parts: Parts, name: str, projections: tuple[str, str, str]) -> None:
+        config, weights = parts.config, parts.weights
+        assert config.experts is not None
+        self.experts = experts = config.experts
+        hidden, inner, count = config.hidden_size, experts.intermediate_size, experts.count
+        own = parts.share.of(inner)
+        self.router = weights.packed(rows(f"{name}.gate.weight", count, hidden, range(count)))
+        self.gate_up: list[PackedWeight] = []
+        self.down: list[PackedWeight] = []
+        fused = weights.has(f"{name}.experts.gate_up_proj")
+        gate, up, down = (f"{name}.experts.{{}}.{which}.weight" for which in projections)
+        for e in range(count):
+            if fused:
+                both, only = f"{name}.experts.gate_up_proj", slice(e, e + 1)
+                shape = (count, 2 * inner, hidden)
+                halves = [
+                    Piece(both, shape, (only, slice(at + own.start, at + own.stop)))
+                    for at in (0, inner)
+                ]
+                tall = (only, slice(None), slice(own.start, own.stop))
+                back = Piece(f"{name}.experts.down_proj", (count, hidden, inner), tall)
+            else:
+                halves = [rows(n.format(e), inner, hidden, own) for n in (gate, up)]
+                back = columns(down.format(e), hidden, inner, own)
+            self.gate_up.append(weights.packed(*halves))
+            self.down.append(weights.packed(back))
+
+    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
+        assert x is not None
+        logits = linear(x, self.router, out_dtype=torch.float32)
+        weights, ids = route(logits, self.experts.top_k, self.experts.renormalize)
+        moe(x, self.gate_up, self.down, weights, ids, out)
+
+
+class Head:
+    """Logits of this rank's vocabulary shard: float32 [rows, vocab_shard], padding at -inf."""
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        config, share = parts.config, parts.share
+        piece = rows(name, config.vocab_size, config.hidden_size, share.vocab)
+        self.real = len(share.vocab)
+        self.padded = share.vocab_shard > self.real
+        self.weight = parts.weights.packed(piece, pad=share.vocab_shard - self.real)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = linear(x, self.weight, out_dtype=torch.float32)
+        if self.padded:
+            logits[:, self.real :] = -torch.inf
+        return logits
+
+
+class Model:
+    """One rank's share of a model: the chain of its blocks and joints, and the head behind it.
+
+    Attributes:
+        chain: (block, joint) pairs; the joint is the norm that follows the block.
+        head: rows [rows, hidden] of the last seam -> float32 [rows, vocab_shard].
+        vocab_start, vocab_shard: this rank's token ids are the range of that start and length.
+        pool_specs: the pools "key" and "value" that `bind` wants.
+    """
+
+    def __init__(
+        self, parts: Parts, layer: Callable[[Parts, int], tuple[Attention, Block]]
+    ) -> None:
+        """Builds embedding, layers and head; `layer(parts, i)` gives attention and MLP of layer i."""
+        config, share = parts.config, parts.share
+        norm = "model.layers.{}.input_layernorm.weight"
+        after = "model.layers.{}.post_attention_layernorm.weight"
+        embedding = Embedding(parts, "model.embed_tokens.weight")
+        self.config = config
+        self.chain: list[tuple[Block, Joint]] = [(embedding, parts.norm(norm.format(0)))]
+        self._attentions: list[Attention] = []
+        for i in range(config.num_layers):
+            attention, mlp = layer(parts, i)
+            last = i == config.num_layers - 1
+            self.chain.append((attention, parts.norm(after.format(i))))
+            self.chain.append(
+                (mlp, parts.norm("model.norm.weight" if last else norm.format(i + 1)))
+            )
+            self._attentions.append(attention)
+        # A file's own head counts even where the config ties it, as in transformers.
+        own = not config.tie_word_embeddings or parts.weights.has("lm_head.weight")
+        self.head = Head(parts, "lm_head.weight" if own else "model.embed_tokens.weight")
+        self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
+        shape = (len(share.kv_heads), config.head_dim)
+        self.pool_specs = [
+            PoolSpec(name, shape, parts.weights.dtype, config.num_layers)
+            for name in ("key", "value")
+        ]
+
+    def bind(self, pools: Pools) -> None:
+        """Gives every attention layer its pages; needed before the first run."""
+        for attention in self._attentions:
+            attention.bind(pools)

@@ -1,0 +1,32 @@
+"""Llama 2 and 3.x (arXiv 2307.09288, 2407.21783): grouped queries, rotary positions, gated MLP.
+
+Every layer is
+
+    x = x + Attention(norm(x))
+    x = x + Mlp(norm(x))
+"""
+
+from __future__ import annotations
+
+from weaveinf.models.config import Fields, ModelConfig
+from weaveinf.models.layers import Attention, Mlp, Parts
+from weaveinf.models.registry import Family
+
+
+def configure(fields: Fields) -> ModelConfig:
+    attention_bias = fields.flag("attention_bias")
+    return fields.decoder(
+        architecture="LlamaForCausalLM",
+        max_position_embeddings=2048,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=fields.flag("mlp_bias"),
+    )
+
+
+def layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
+    name = f"model.layers.{i}"
+    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
+
+
+FAMILY = Family("LlamaForCausalLM", "llama", configure, layer)

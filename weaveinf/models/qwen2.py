@@ -1,0 +1,31 @@
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671): Llama with biases on q, k and v, none on the output.
+
+Every layer is
+
+    x = x + Attention(norm(x))      q, k, v = W x + b
+    x = x + Mlp(norm(x))
+"""
+
+from __future__ import annotations
+
+from weaveinf.models.config import Fields, ModelConfig
+from weaveinf.models.layers import Attention, Mlp, Parts
+from weaveinf.models.registry import Family
+
+
+def configure(fields: Fields) -> ModelConfig:
+    return fields.decoder(
+        architecture="Qwen2ForCausalLM",
+        max_position_embeddings=32768,
+        kv_heads=32,
+        windows=fields.qwen_windows(),
+        qkv_bias=True,
+    )
+
+
+def layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
+    name = f"model.layers.{i}"
+    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
+
+
+FAMILY = Family("Qwen2ForCausalLM", "qwen2", configure, layer)

@@ -1,0 +1,35 @@
+"""Qwen3 (arXiv 2505.09388): Llama whose queries and keys are normalised per head.
+
+Every layer is
+
+    x = x + Attention(norm(x))      q, k = norm(W_q x), norm(W_k x)
+    x = x + Mlp(norm(x))
+"""
+
+from __future__ import annotations
+
+from weaveinf.models.config import Fields, ModelConfig
+from weaveinf.models.layers import Attention, Mlp, Parts
+from weaveinf.models.registry import Family
+
+
+def configure(fields: Fields) -> ModelConfig:
+    attention_bias = fields.flag("attention_bias")
+    return fields.decoder(
+        architecture="Qwen3ForCausalLM",
+        max_position_embeddings=32768,
+        kv_heads=32,
+        head_dim=fields.integer("head_dim", 128),
+        windows=fields.qwen_windows(),
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        qk_norm=True,
+    )
+
+
+def layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
+    name = f"model.layers.{i}"
+    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
+
+
+FAMILY = Family("Qwen3ForCausalLM", "qwen3", configure, layer)
