@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from weaveinf.cache.blocks import BlockAllocator, legal_cut
 from weaveinf.engine.prefix import Prefixes
 from weaveinf.engine.request import Request, TokenLogprob
-from weaveinf.engine.step import Admission, SampledLogprobs, Step, StepOutput
+from weaveinf.engine.step import PER_SEQUENCE, Admission, SampledLogprobs, Step, StepOutput
 
 GREEDY_BELOW = 1e-5
 LOWEST_TEMPERATURE = 0.01
@@ -286,7 +286,6 @@ class Scheduler:
         tokens: list[int] = []
         pages: list[int] = []
         targets: list[int] = []
-        by_reference: list[bool] = []
         flight = _Flight(self._number, [], [])
         for request, start, end, new_pages in runs:
             prompt, outputs = len(request.prompt_token_ids), len(request.output_token_ids)
@@ -307,22 +306,21 @@ class Scheduler:
                 request.in_flight += 1
                 flight.sampled.append(request)
             logits = wanted or int(position >= 0)
-            rows.append(
-                (request.slot, start, end - start, prompt, logits, wanted, len(new_pages), position)
-            )
-            by_reference.append(refers)
+            counts = (end - start, prompt, logits, wanted, len(new_pages))
+            rows.append((request.slot, start, *counts, position, refers))
             request.num_computed = end
         self._flights.append(flight)
         self._number += 1
-        columns = np.ascontiguousarray(np.array(rows, np.int32).T)
+        table = np.ascontiguousarray(np.array(rows, np.int32).T)
+        columns: dict[str, Any] = dict(zip(PER_SEQUENCE, table, strict=True))
+        columns["by_reference"] = columns["by_reference"].astype(np.bool_)
         return Step(
-            flight.number,
-            admissions,
-            *columns,
-            np.array(by_reference, np.bool_),
-            np.array(tokens, np.int64),
-            np.array(pages, np.int64),
-            np.array(targets, np.int64),
+            number=flight.number,
+            admissions=admissions,
+            **columns,
+            token_ids=np.array(tokens, np.int64),
+            new_pages=np.array(pages, np.int64),
+            targets=np.array(targets, np.int64),
         )
 
     def update(self, step: Step, output: StepOutput) -> list[tuple[Request, list[int]]]:

@@ -16,7 +16,7 @@ Float64s = NDArray[np.float64]
 MAGIC = 0x77656176_00000001
 """First word of a packed step; its low half is the layout's version."""
 
-_PER_SEQUENCE = (
+PER_SEQUENCE = (
     "state_slot",
     "num_computed",
     "num_query",
@@ -140,7 +140,7 @@ class Step:
             ],
             np.int64,
         )
-        parts: list[Any] = [header, *[getattr(self, name) for name in _PER_SEQUENCE]]
+        parts: list[Any] = [header, *[getattr(self, name) for name in PER_SEQUENCE]]
         parts += [self.token_ids, self.new_pages, self.targets]
         for admission in self.admissions:
             parts += _pack_admission(admission)
@@ -160,11 +160,11 @@ class Step:
         if total != len(words) or min(sequences, admissions, tokens, targets) < 0:
             raise ValueError(f"a packed step of {total} words came as {len(words)}")
         reader = _Reader(words, _HEADER)
-        wide = reader.take(len(_PER_SEQUENCE) * sequences).reshape(len(_PER_SEQUENCE), sequences)
+        wide = reader.take(len(PER_SEQUENCE) * sequences).reshape(len(PER_SEQUENCE), sequences)
         table = wide.astype(np.int32)
         if not np.array_equal(table, wide):
             raise ValueError("a packed step holds a number beyond 32 bits")
-        rows: dict[str, Any] = dict(zip(_PER_SEQUENCE, table, strict=True))
+        rows: dict[str, Any] = dict(zip(PER_SEQUENCE, table, strict=True))
         _check(rows, tokens, targets)
         rows["by_reference"] = rows["by_reference"].astype(np.bool_)
         step = cls(
