@@ -1,0 +1,379 @@
+"""Sampling from a vocabulary that is cut into equal contiguous shards, one a rank.
+
+Pure tensor math, for any device. Functions that need the ranks to agree are generators, as blocks
+are: they yield a float32 tensor and are sent its sum over ranks (DESIGN section 1, "Vote").
+Everything that decides how many votes follow is computed from voted numbers by correctly rounded
+arithmetic alone (no exp, no log), so ranks on different processors never part ways.
+
+Exactness. Tokens are ordered by float32 score, ties by the lower id. Masses are exp(score - peak)
+cut to a whole number of units (`mass`), small enough that float64 sums of them are exact in any
+order: the set that top-p keeps does not depend on how many ranks share the vocabulary. Noise is a
+hash of (seed, output position, token id), so it does not depend on anything else at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Voting = Generator[Tensor, Tensor, T]
+
+CANDIDATES = 64  # tokens per shard that the first attempt at top-k, top-p and min-p exchanges
+_BLOCK = 128
+_LIMB = 18  # bits: sums over up to 64 ranks stay exact in float32
+_LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the vocabulary this rank owns: ids start .. start + width - 1 (those from
+    `vocab_size` on are padding, whose logits are -inf)."""
+
+    vocab_size: int
+    start: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.vocab_size <= 1 << 24:
+            raise ValueError(
+                f"vocabulary of {self.vocab_size}: ids must be exact in float32 (up to 2^24)"
+            )
+
+    @property
+    def unit(self) -> float:
+        """How many mass units the most likely token weighs: as many as keep sums below 2^53."""
+        return 2.0 ** (52 - self.vocab_size.bit_length())
+
+    def gather(self, own: Tensor) -> Voting[Tensor]:
+        """float32 [...] of every rank -> [ranks, ...]. A rank that owns only padding has no say."""
+        ranks = -(-self.vocab_size // self.width)
+        if ranks == 1:
+            return own[None]
+        parts = own.new_zeros((ranks, *own.shape))
+        if self.start < self.vocab_size:
+            parts[self.start // self.width] = own
+        return (yield parts)
+
+
+def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> Tensor:
+    """uint64 [rows] seeds and int [rows] output positions -> int32 [rows, 2], two rounds of
+    SplitMix64."""
+    key = seeds.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        for extra in (np.uint64(1), positions.astype(np.uint64) + np.uint64(1)):
+            key = key + np.uint64(0x9E3779B97F4A7C15) * extra
+            key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            key = key ^ (key >> np.uint64(31))
+    return torch.from_numpy(key.view(np.int32).reshape(-1, 2))
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise float32 [rows, n] of the tokens `ids` (int32 [n] or [rows, n]) under int32
+    `keys` [rows, 2].
+
+    A 32-bit mixer (the shifts and factors of Wellons' lowbias32) takes the second key between its
+    two multiplications. Its low 31 bits make v in (0, 1), and -log(-log1p(-v)): v is finest near
+    0, where the large values, the ones that win, come from.
+    """
+    state = ids * -0x61C88647 + keys[:, :1]  # the golden ratio in 32 bits
+    shifted = torch.empty_like(state)
+
+    def fold(bits: int) -> None:
+        torch.bitwise_right_shift(state, bits, out=shifted)  # copies the sign: masked off
+        state.bitwise_xor_(shifted.bitwise_and_((1 << (32 - bits)) - 1))
+
+    fold(16)
+    state.mul_(0x7FEB352D).bitwise_xor_(keys[:, 1:])
+    fold(15)
+    state.mul_(0x846CA68B - (1 << 32))
+    fold(16)
+    minus_v = state.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(-(2.0**-31))
+    return minus_v.clamp_(min=2.0**-24 - 1).log1p_().neg_().log_().neg_()
+
+
+def penalise(
+    logits: Tensor,
+    counts: Tensor,
+    prompt: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> Tensor:
+    """Logits [rows, width] after the penalties (float32 [rows, 1]) for tokens that were seen.
+
+    counts: float32 [rows, width], how often among the output tokens; prompt: bool [rows, width].
+    Repetition (Keskar et al. 2019, "CTRL") divides positive and multiplies negative logits of any
+    token seen, in prompt or output; frequency and presence (OpenAI's) subtract for output tokens
+    alone.
+    """
+    outputs = counts > 0
+    factor = torch.where(logits > 0, 1 / repetition, repetition)
+    repeated = torch.where(outputs | prompt, logits * factor, logits)
+    return repeated - frequency * counts - presence * outputs
+
+
+def best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest score of each row of [rows, n] and its lowest column (int64); a NaN counts as
+    largest.
+
+    Maxima of blocks first, then one block: reductions without an index are ten times as fast.
+    """
+    n = scores.shape[1]
+    whole = n - n % _BLOCK
+    peaks = scores[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK)).amax(-1)
+    if whole < n:
+        peaks = torch.cat((peaks, scores[:, whole:].amax(-1, keepdim=True)), 1)
+    first = peaks.argmax(1, keepdim=True) * _BLOCK
+    columns = (first + torch.arange(_BLOCK, device=scores.device)).clamp_(max=n - 1)
+    value, at = scores.gather(1, columns).max(1)
+    return value, columns.gather(1, at[:, None]).squeeze(1)
+
+
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k <= n first of each row of [rows, n] by (score descending, column ascending): scores,
+    columns."""
+    n = scores.shape[1]
+    values, columns = scores.topk(min(k + 1, n), dim=1)
+    if k < n and bool((values[:, k - 1] == values[:, k]).any()):  # topk takes any of equals
+        key = _ordered(scores).long() * (1 << 32) + torch.arange(
+            n - 1, -1, -1, device=scores.device
+        )
+        columns = key.topk(k, dim=1).indices
+    columns = columns[:, :k].sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """float32 -> int32 in the same order, equal exactly where the floats are (so 0.0 is added to
+    -0.0)."""
+    bits = (scores + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def mass(below_peak: Tensor, unit: float) -> Tensor:
+    """exp(below_peak) (float32 <= 0) in whole units, as float32: a float64 sum over a vocabulary
+    is exact."""
+    return below_peak.exp().mul_(unit).floor_()
+
+
+def _to_limbs(whole: Tensor) -> Tensor:
+    """Whole numbers below 2^54 (float64 [...]) -> float32 [3, ...] whose sum over ranks is
+    exact."""
+    high = (whole * 2.0 ** (-2 * _LIMB)).floor()
+    rest = whole - high * 2.0 ** (2 * _LIMB)
+    middle = (rest * 2.0**-_LIMB).floor()
+    return torch.stack((high, middle, rest - middle * 2.0**_LIMB)).float()
+
+
+def _from_limbs(limbs: Tensor) -> Tensor:
+    high, middle, low = limbs.double()
+    return (high * 2.0**_LIMB + middle) * 2.0**_LIMB + low
+
+
+def winner(values: Tensor, ids: Tensor, shard: Shard) -> Voting[Tensor]:
+    """Each rank's best (float32, global int64 ids, [rows]) -> the best of all, int64 [rows]; -1
+    for a row whose best is not finite (NaN or infinite logits, or every token banned)."""
+    values, tokens = (yield from shard.gather(torch.stack((values, ids.float())))).unbind(1)
+    value, rank = values.max(0)
+    token = tokens.gather(0, rank[None])[0].long()
+    return token.masked_fill_(~value.isfinite(), -1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be sampled, per row: the first `top_k` (int64; at least the vocabulary's size: off)
+    tokens, not below the peak by more than `floor` (float32 <= 0: log(min_p); -inf: off), then of
+    these the smallest set of the most likely that holds `top_p` (float64; 1: off) of their
+    mass."""
+
+    top_k: Tensor
+    top_p: Tensor
+    floor: Tensor
+
+    def rows(self, rows: Tensor) -> Limits:
+        return Limits(self.top_k[rows], self.top_p[rows], self.floor[rows])
+
+
+def sample_limited(scores: Tensor, keys: Tensor, limits: Limits, shard: Shard) -> Voting[Tensor]:
+    """One token per row of float32 [rows, width] (divided by the temperature) under `limits`:
+    int64 [rows].
+
+    The ranks exchange their first CANDIDATES tokens. Merged, these are the true order down to
+    where the first shard has no more to offer. A row whose limits bite within that is done (one
+    vote, two with top-p); the others take the long way, which is as exact.
+    """
+    k = min(CANDIDATES, shard.width)
+    value, column = top(scores, k)
+    ids = (column + shard.start).to(torch.int32)
+    offer = torch.stack((value, ids.float(), value + gumbel(keys, ids)))
+    merged = (yield from shard.gather(offer)).permute(1, 2, 0, 3).flatten(2)  # [3, rows, ranks * k]
+    value_all, order = merged[0].sort(dim=1, descending=True, stable=True)
+    peak = value_all[:, :1]
+    place = torch.arange(order.shape[1], device=scores.device)
+    known = (
+        (order % k == k - 1).int().argmax(1) + 1
+        if k < shard.width
+        else scores.new_full((), torch.inf)
+    )
+    allowed = (place < known[..., None]) & (place < limits.top_k[:, None])
+    allowed &= value_all - peak >= limits.floor.clamp(min=_LOWEST)[:, None]
+    count = allowed.sum(1)
+    done = (count < known) | (count == limits.top_k)
+    if bool((limits.top_p < 1).any()):
+        weight = mass(value - peak, shard.unit)
+        share = yield from _within_top_p(scores, weight, peak, order, allowed, done, limits, shard)
+        allowed &= share[0]
+        done = done | share[1]
+    noisy = merged[2].gather(1, order).masked_fill_(~allowed, -torch.inf)
+    ids_all = merged[1].gather(1, order)
+    tied = noisy == noisy.amax(1, keepdim=True)
+    token = ids_all.masked_fill_(~tied, 1 << 24).amin(1).long()
+    if not bool(done.all()):
+        left = (~done).nonzero().squeeze(1)
+        token[left] = yield from _sample_far(
+            scores[left], peak[left], keys[left], limits.rows(left), shard
+        )
+    return token.masked_fill_(~peak.squeeze(1).isfinite(), -1)
+
+
+def _within_top_p(
+    scores: Tensor,
+    weight: Tensor,
+    peak: Tensor,
+    order: Tensor,
+    allowed: Tensor,
+    closed: Tensor,
+    limits: Limits,
+    shard: Shard,
+) -> Voting[tuple[Tensor, Tensor]]:
+    """Which of the merged candidates top-p keeps [rows, ranks * k], and whether its boundary lies
+    among them [rows]. Where the other limits did not bite, all ranks add up all their mass."""
+    rows = scores.shape[0]
+    total = torch.zeros(rows, dtype=torch.float64, device=scores.device)
+    far = ((limits.top_p < 1) & ~closed).nonzero().squeeze(1)
+    if far.numel():
+        below = (scores if far.numel() == rows else scores[far]) - peak[far]
+        spread = mass(below, shard.unit)
+        if bool((limits.floor[far] > -torch.inf).any()):
+            spread *= below >= limits.floor[far, None]
+        total[far] = spread.sum(1, dtype=torch.float64)
+        own = torch.cat((weight, _to_limbs(total).T), 1)
+        parts = yield from shard.gather(own)
+        total = _from_limbs(parts[..., -3:].double().sum(0).T)
+        parts = parts[..., :-3]
+    else:
+        parts = yield from shard.gather(weight)
+    heavy = parts.permute(1, 0, 2).flatten(1).gather(1, order).double() * allowed
+    after = heavy.cumsum(1)
+    target = limits.top_p * torch.where(closed, after[:, -1], total)
+    inside = (after - heavy < target[:, None]) | (limits.top_p >= 1)[:, None]
+    whole = closed | (
+        limits.top_k >= shard.vocab_size
+    )  # else `total` is not that of the first top_k
+    return inside, (limits.top_p < 1) & (after[:, -1] >= target) & whole
+
+
+def _sample_far(
+    scores: Tensor, peak: Tensor, keys: Tensor, limits: Limits, shard: Shard
+) -> Voting[Tensor]:
+    """`sample_limited` for rows whose boundary lies deep in the vocabulary: radix search, then
+    noise."""
+    below = scores - peak
+    allowed = below >= limits.floor.clamp(min=_LOWEST)[:, None]
+    if bool((limits.top_k < shard.vocab_size).any()):
+        allowed &= yield from first_of_mass(scores, allowed.double(), limits.top_k.double(), shard)
+    if bool((limits.top_p < 1).any()):
+        weight = mass(below, shard.unit).double() * allowed
+        inside = yield from first_of_mass(scores, weight, limits.top_p, shard, relative=True)
+        allowed &= inside | (limits.top_p >= 1)[:, None]
+    ids = torch.arange(
+        shard.start, shard.start + shard.width, dtype=torch.int32, device=scores.device
+    )
+    noisy = (scores + gumbel(keys, ids)).masked_fill_(~allowed, -torch.inf)
+    value, column = best(noisy)
+    return (yield from winner(value, column + shard.start, shard))
+
+
+def first_of_mass(
+    scores: Tensor, weight: Tensor, target: Tensor, shard: Shard, relative: bool = False
+) -> Voting[Tensor]:
+    """The fewest tokens, highest scores first, whose weights reach `target`: bool [rows, width].
+
+    weight: whole numbers, float64 [rows, width], equal for equal scores. target: float64 [rows],
+    of the total when `relative`, at most the total otherwise. Three votes of at most 2^11 buckets
+    per row find the boundary's score bit by bit; a fourth counts the tokens that have exactly this
+    score.
+    """
+    rows, width = scores.shape
+    code = (0x7FFFFFFF - _ordered(scores).long()).flatten()  # 32 bits, the best is the smallest
+    row = torch.arange(rows, device=scores.device).repeat_interleave(width)
+    at, heavy, edge = (
+        torch.arange(rows * width, device=scores.device),
+        weight.flatten(),
+        row.new_zeros(rows),
+    )
+    codes, tied_mass = code, target
+    for shift, bits in ((21, 11), (10, 11), (0, 10)):
+        digit = (code >> shift) & ((1 << bits) - 1)
+        sums = heavy.new_zeros(rows << bits).index_add_(0, (row << bits) + digit, heavy)
+        upto = _from_limbs((yield _to_limbs(sums))).view(rows, -1).cumsum(1)
+        if shift == 21:
+            target = target * upto[:, -1] if relative else torch.minimum(target, upto[:, -1])
+        hit = torch.searchsorted(upto, target[:, None]).clamp_(max=(1 << bits) - 1)
+        before = upto.gather(1, (hit - 1).clamp_(min=0)) * (hit > 0)
+        tied_mass = (upto.gather(1, hit) - before).squeeze(1)
+        target = target - before.squeeze(1)
+        hit = hit.squeeze(1)
+        edge = (edge << bits) + hit
+        inside = (digit == hit[row]).nonzero().squeeze(1)
+        code, row, at, heavy = code[inside], row[inside], at[inside], heavy[inside]
+    own = torch.bincount(row, minlength=rows)
+    ties = yield from shard.gather(own.float())
+    wanted = (target / (tied_mass / ties.sum(0))).ceil()  # the inner ratio is whole, so exact
+    wanted -= ties[: shard.start // shard.width].sum(0)
+    rank_in_row = torch.arange(row.numel(), device=row.device) - (own.cumsum(0) - own)[row]
+    chosen = codes < edge.repeat_interleave(width)
+    chosen[at[rank_in_row < wanted[row]]] = True
+    return chosen.view(rows, width)
+
+
+def logprob_parts(logits: Tensor, targets: Tensor, n: int, shard: Shard) -> Tensor:
+    """What one rank knows of its rows' log-probabilities: float32 [rows, 3 + 2n] for
+    `join_logprobs`.
+
+    logits float32 [rows, width]; targets int64 [rows], global ids of any shard. Columns: largest
+    logit, sum of exp(logit - largest), the target's logit (0 unless owned), the n largest logits,
+    their ids.
+    """
+    peak = logits.amax(1, keepdim=True)
+    total = (logits - peak.clamp(min=_LOWEST)).exp_().sum(1, keepdim=True)
+    column = (targets - shard.start)[:, None]
+    owned = (column >= 0) & (column < shard.width)
+    target = logits.gather(1, column.clamp(0, shard.width - 1)).masked_fill_(~owned, 0.0)
+    n = min(n, shard.width)
+    if not n:
+        return torch.cat((peak, total, target), 1)
+    values, columns = top(logits, n)
+    return torch.cat((peak, total, target, values, (columns + shard.start).float()), 1)
+
+
+def join_logprobs(parts: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [ranks, rows, 3 + 2n'] -> log-softmax of the targets [rows], and of the n most
+    likely tokens ids int64 and values [rows, up to n], ties by the lower id."""
+    each = (parts.shape[2] - 3) // 2
+    peak = parts[..., 0].amax(0)
+    scaled = parts[..., 1] * (parts[..., 0] - peak).nan_to_num(nan=torch.nan, neginf=_LOWEST).exp()
+    norm = (peak + scaled.sum(0).log())[:, None]
+    values = parts[..., 3 : 3 + each].permute(1, 0, 2).flatten(1)
+    ids = parts[..., 3 + each :].permute(1, 0, 2).flatten(1)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order)[:, :n].long()
+    return (parts[..., 2].sum(0)[:, None] - norm).squeeze(1), ids, values[:, :n] - norm
