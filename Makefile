@@ -30,10 +30,17 @@ build: $(READY)
 clean:
 	rm -rf build dist weaveinf/_native *.egg-info
 
-# requirements.lock holds the tested pins; torch is pinned there to a release whose wheel for a
-# machine without a GPU is the CPU build.
-$(READY): pyproject.toml setup.py requirements.lock $(wildcard csrc/cpu/*)
+# Without an NVIDIA GPU, Linux gets torch's CPU build (which has an index of its own: PyPI's is the
+# CUDA build, gigabytes larger) and triton for the tests in its interpreter.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+TORCH := $(if $(shell command -v nvidia-smi),torch==2.13.0,\
+	$(if $(filter Linux,$(shell uname)),--retries 1 --extra-index-url $(TORCH_INDEX) torch==2.13.0+cpu triton==3.6.0,\
+	torch==2.13.0))
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+$(READY): pyproject.toml setup.py requirements.lock Makefile $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements.lock
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $(READY)

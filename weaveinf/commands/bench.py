@@ -52,9 +52,7 @@ def latency(args: argparse.Namespace) -> None:
     write_json(args.json, result)
 
 
-def _one_batch(
-    llm: LLM, args: argparse.Namespace, rng: np.random.Generator
-) -> tuple[float, float]:
+def _one_batch(llm: LLM, args: argparse.Namespace, rng: np.random.Generator) -> tuple[float, float]:
     """Seconds to the last of the first tokens, and of each step after that."""
     params = SamplingParams(temperature=0, max_tokens=1 + args.decode_tokens, ignore_eos=True)
     prompts = _random_prompts(llm, args.batch, args.prompt_tokens, rng)
@@ -111,9 +109,7 @@ def throughput(args: argparse.Namespace) -> None:
     write_json(args.json, result)
 
 
-def _random_prompts(
-    llm: LLM, count: int, length: int, rng: np.random.Generator
-) -> list[list[int]]:
+def _random_prompts(llm: LLM, count: int, length: int, rng: np.random.Generator) -> list[list[int]]:
     """Fresh ones each time, so that none finds its beginning in the cache."""
     vocab_size = llm.engine.model_config.vocab_size
     return rng.integers(0, vocab_size, (count, length)).tolist()

@@ -80,14 +80,10 @@ class Engine:
 
     def _required_tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:
-            raise ValueError(
-                f"{self._path} has no tokenizer ({', '.join(FILES)}): give prompts as token ids"
-            )
+            raise ValueError(f"{self._path} has no tokenizer ({', '.join(FILES)}): give prompts as token ids")
         return self.tokenizer
 
-    def add(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, salt: bytes = b""
-    ) -> list[int]:
+    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, salt: bytes = b"") -> list[int]:
         """Queues a prompt; returns the ids of its `params.n` sequences.
 
         Raises:
@@ -96,9 +92,7 @@ class Engine:
         fallback = mix_seed(self.config.seed, next(self._seeds))
         vocab_size = self.model_config.vocab_size
         ids = [next(self._ids) for _ in range(params.n)]
-        requests = make_requests(
-            ids[0], prompt_token_ids, params, vocab_size, fallback, salt=salt
-        )
+        requests = make_requests(ids[0], prompt_token_ids, params, vocab_size, fallback, salt=salt)
         streams = [self._stream(request) for request in requests]
         for request, stream in zip(requests, streams, strict=True):
             self.scheduler.add(request)

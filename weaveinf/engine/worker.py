@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
-from weaveinf.cache.pools import PoolSpec, Pools, bytes_per_page
+from weaveinf.cache.pools import Pools, PoolSpec, bytes_per_page
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import PAGE_SIZE, EngineConfig
@@ -34,9 +34,7 @@ class Worker:
         progress: called with (bytes loaded, bytes in all) as the shard is read.
     """
 
-    def __init__(
-        self, config: EngineConfig, ranks: Ranks, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, ranks: Ranks, progress: Progress | None = None) -> None:
         self.config = config
         self.ranks = ranks
         self.path = resolve(config.model, config.revision)

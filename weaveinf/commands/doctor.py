@@ -1,0 +1,101 @@
+"""`weaveinf doctor`: what this machine has, which seam and kernels will be used, and why."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from weaveinf import __version__
+from weaveinf.comm import segment
+from weaveinf.commands.report import Machine, write_json
+from weaveinf.ops import native
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.tp < 1:
+        raise ValueError("--tp must be at least 1")
+    rows = _software() | _hardware() | _choices(args.tp)
+    width = max(len(name) for name in rows)
+    if args.json != "-":
+        for name, value in rows.items():
+            print(f"{name:{width}}  {value}")
+    write_json(args.json, rows)
+
+
+def _software() -> dict[str, Any]:
+    rows = {"weaveinf": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            rows[package] = version(package)
+        except PackageNotFoundError:
+            rows[package] = "not installed"
+    return rows
+
+
+def _hardware() -> dict[str, Any]:
+    cores = sorted(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory()
+    rows = {
+        "processor": f"{platform.machine()}, {_cpu_name()}",
+        "cores": f"{len(cores)} usable, {psutil.cpu_count(logical=False)} physical on the machine",
+        "memory": f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+        "/dev/shm": _shared_memory(),
+        "gpus": _gpus(),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        machine = Machine.measure(dtype)
+        name = str(dtype).removeprefix("torch.")
+        rows[f"{name} product"] = f"{machine.gflops:.0f} GFLOP/s with {torch.get_num_threads()} threads"
+    rows["memory read"] = f"{machine.gb_per_s:.1f} GB/s"
+    return rows
+
+
+def _choices(size: int) -> dict[str, Any]:
+    """What the ranks would choose; at start-up each probes for itself and all vote."""
+    kernels = f"{native.isa} build of csrc/cpu" if native.lib else f"torch: {native.reason}"
+    if torch.cuda.is_available():
+        kernels = "Triton"
+    if size == 1:
+        seam = "local: one rank has nothing to sum"
+    elif torch.cuda.is_available():
+        seam = "collective over NCCL"
+    elif segment.reason:
+        seam = f"collective over gloo: {segment.reason}"
+    elif size > segment.MAX_RANKS:
+        seam = f"collective over gloo: shared memory takes up to {segment.MAX_RANKS} ranks"
+    else:
+        seam = "shared memory, for ranks on this host; collective over gloo across hosts"
+    return {"kernels": kernels, f"seam of {size} ranks": seam}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+
+
+def _shared_memory() -> str:
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError as error:
+        return f"not there ({error.strerror}): ranks will use the collective seam"
+    return f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names)
