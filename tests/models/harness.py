@@ -39,16 +39,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_checkpoint(
-    path: Path, family: str, save: dict[str, Any] | None = None, **changes: Any
-) -> Any:
+def make_checkpoint(path: Path, family: str, save: dict[str, Any] | None = None, **changes: Any) -> Any:
     """Saves a random model of a family to `path`; returns transformers' own, in float32."""
     values = {"model_type": family, **SMALL, **FAMILIES[family], **changes}
     config = transformers.AutoConfig.for_model(**values)
     torch.manual_seed(len(family) + len(changes))
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager"
-    ).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Far from the initialisation, where a forgotten bias or norm would not show.
@@ -112,9 +108,7 @@ class Lockstep:
             cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32),
             seq_lens=torch.tensor([self.lengths[s] for s, _, _ in chunks], dtype=torch.int32),
             num_prompt_tokens=torch.zeros(len(chunks), dtype=torch.int32),
-            block_table=torch.tensor(
-                [t + [0] * (widest - len(t)) for t in tables], dtype=torch.int32
-            ),
+            block_table=torch.tensor([t + [0] * (widest - len(t)) for t in tables], dtype=torch.int32),
             state_slot=torch.arange(len(chunks), dtype=torch.int32),
             logit_rows=torch.tensor(wanted, dtype=torch.int64),
         )

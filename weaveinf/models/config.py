@@ -48,6 +48,10 @@ class Experts:
     renormalize: bool
     layers: tuple[bool, ...]
 
+    def __post_init__(self) -> None:
+        if self.top_k > self.count:
+            raise ValueError(f"config.json: num_experts_per_tok={self.top_k} of only {self.count} experts")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -141,9 +145,7 @@ class ModelConfig:
             cuts["the experts' intermediate size"] = self.experts.intermediate_size
         for name, value in cuts.items():
             if value % size:
-                raise ValueError(
-                    f"{name}={value} is not divisible by {size} ranks: use fewer ranks"
-                )
+                raise ValueError(f"{name}={value} is not divisible by {size} ranks: use fewer ranks")
         kv = self.num_kv_heads
         if kv % size and size % kv:
             raise ValueError(
@@ -206,9 +208,7 @@ class Fields:
             raise self.refuse(key, "a token id or a list of them")
         return tuple(i for i in ids if i >= 0)
 
-    def windows(
-        self, layers: int, window: int | None, slides: Sequence[bool]
-    ) -> tuple[int | None, ...]:
+    def windows(self, layers: int, window: int | None, slides: Sequence[bool]) -> tuple[int | None, ...]:
         """Each layer's window: `window` where `slides`, unless `layer_types` says otherwise."""
         types = self.raw.get("layer_types")
         if window is None:
@@ -222,12 +222,11 @@ class Fields:
             slides = [t == "sliding_attention" for t in types]
         return tuple(window if slide else None for slide in slides)
 
-    def qwen_windows(self) -> tuple[int | None, ...]:
-        """Qwen's rule: `use_sliding_window`, and then only from layer `max_window_layers` on."""
+    def qwen_windows(self, first: int) -> tuple[int | None, ...]:
+        """Qwen's rule: none without `use_sliding_window`, and then only from layer `first` on."""
         layers = self.integer("num_hidden_layers")
         used = self.flag("use_sliding_window") and self.raw.get("sliding_window", 4096) is not None
         window = self.integer("sliding_window", 4096) if used else None
-        first = self.integer("max_window_layers", 28, least=0)
         return self.windows(layers, window, [i >= first for i in range(layers)])
 
     def decoder(
@@ -254,9 +253,7 @@ class Fields:
                 raise self.refuse("hidden_size", f"a multiple of num_attention_heads={heads}")
             head_dim = self.integer("head_dim", hidden // heads)
         if head_dim % 2:
-            raise ValueError(
-                f"{self.where}: head_dim={head_dim} is odd; rotary embedding needs pairs"
-            )
+            raise ValueError(f"{self.where}: head_dim={head_dim} is odd; rotary embedding needs pairs")
         rope = Rope.parse(
             self.raw,
             head_dim,
@@ -266,9 +263,7 @@ class Fields:
         )
         dtype = self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32"
         if str(dtype).removeprefix("torch.") not in _DTYPES:
-            raise self.refuse(
-                "dtype" if self.raw.get("dtype") else "torch_dtype", f"one of {[*_DTYPES]}"
-            )
+            raise self.refuse("dtype" if self.raw.get("dtype") else "torch_dtype", f"one of {[*_DTYPES]}")
         bos = self.token_ids("bos_token_id")
         shared: dict[str, Any] = {
             "windows": (None,) * layers,

@@ -49,9 +49,7 @@ class Scratch:
             self._made[key] = made = (count, make(count))
         return made[1]
 
-    def empty(
-        self, name: str, count: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def empty(self, name: str, count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised [count, width]; the memory grows to the largest ever asked and is kept."""
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count * width:
@@ -69,14 +67,11 @@ class Share:
         self.heads = self.of(config.num_heads)
         kv = config.num_kv_heads
         # More ranks than KV heads: each rank keeps a copy of the one that its query heads read.
-        self.kv_heads = (
-            self.of(kv) if size <= kv else range(rank * kv // size, rank * kv // size + 1)
-        )
+        self.kv_heads = self.of(kv) if size <= kv else range(rank * kv // size, rank * kv // size + 1)
         self.vocab_shard = -(-config.vocab_size // size)
         self.vocab_start = rank * self.vocab_shard
         first, stop = (
-            min(v, config.vocab_size)
-            for v in (self.vocab_start, self.vocab_start + self.vocab_shard)
+            min(v, config.vocab_size) for v in (self.vocab_start, self.vocab_start + self.vocab_shard)
         )
         self.vocab = range(first, stop)
 
@@ -146,7 +141,7 @@ class Attention:
         out     = W_o softmax(R(q) R(k)^T / sqrt(head_dim)) v
 
     over the cached keys of the sequence, its window if it has one. In the last layer, keys and
-    values are written for all rows, but queries are computed only for those whose logits are wanted.
+    values are written for all rows, but queries computed only for those whose logits are wanted.
     """
 
     def __init__(self, parts: Parts, layer: int, name: str) -> None:
@@ -163,9 +158,7 @@ class Attention:
 
         def cut(which: str, total: int, own: range) -> tuple[Piece, Piece]:
             span = range(own.start * dim, own.stop * dim)
-            bias = Piece(
-                f"{name}.{which}_proj.bias", (total * dim,), (slice(span.start, span.stop),)
-            )
+            bias = Piece(f"{name}.{which}_proj.bias", (total * dim,), (slice(span.start, span.stop),))
             return rows(f"{name}.{which}_proj.weight", total * dim, config.hidden_size, span), bias
 
         q, q_bias = cut("q", config.num_heads, share.heads)
@@ -265,9 +258,7 @@ class Mlp:
         span = (slice(own.start, own.stop),)
         up = [f"{name}.{which}_proj" for which in ("gate", "up")]
         self.gate_up = weights.packed(*(rows(f"{n}.weight", inner, hidden, own) for n in up))
-        self.gate_up_bias = parts.bias(
-            config.mlp_bias, *(Piece(f"{n}.bias", (inner,), span) for n in up)
-        )
+        self.gate_up_bias = parts.bias(config.mlp_bias, *(Piece(f"{n}.bias", (inner,), span) for n in up))
         self.down = weights.packed(columns(f"{name}.down_proj.weight", hidden, inner, own))
         self.down_bias = parts.row_bias(config.mlp_bias, f"{name}.down_proj.bias", hidden)
         self.width = len(own)
@@ -309,8 +300,7 @@ class ExpertMlp:
                 both, only = f"{name}.experts.gate_up_proj", slice(e, e + 1)
                 shape = (count, 2 * inner, hidden)
                 halves = [
-                    Piece(both, shape, (only, slice(at + own.start, at + own.stop)))
-                    for at in (0, inner)
+                    Piece(both, shape, (only, slice(at + own.start, at + own.stop))) for at in (0, inner)
                 ]
                 tall = (only, slice(None), slice(own.start, own.stop))
                 back = Piece(f"{name}.experts.down_proj", (count, hidden, inner), tall)
@@ -354,10 +344,8 @@ class Model:
         pool_specs: the pools "key" and "value" that `bind` wants.
     """
 
-    def __init__(
-        self, parts: Parts, layer: Callable[[Parts, int], tuple[Attention, Block]]
-    ) -> None:
-        """Builds embedding, layers and head; `layer(parts, i)` gives attention and MLP of layer i."""
+    def __init__(self, parts: Parts, layer: Callable[[Parts, int], tuple[Attention, Block]]) -> None:
+        """Builds embedding, layers, head; `layer(parts, i)` gives attention and MLP of layer i."""
         config, share = parts.config, parts.share
         norm = "model.layers.{}.input_layernorm.weight"
         after = "model.layers.{}.post_attention_layernorm.weight"
@@ -369,9 +357,7 @@ class Model:
             attention, mlp = layer(parts, i)
             last = i == config.num_layers - 1
             self.chain.append((attention, parts.norm(after.format(i))))
-            self.chain.append(
-                (mlp, parts.norm("model.norm.weight" if last else norm.format(i + 1)))
-            )
+            self.chain.append((mlp, parts.norm("model.norm.weight" if last else norm.format(i + 1))))
             self._attentions.append(attention)
         # A file's own head counts even where the config ties it, as in transformers.
         own = not config.tie_word_embeddings or parts.weights.has("lm_head.weight")
@@ -379,8 +365,7 @@ class Model:
         self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
         shape = (len(share.kv_heads), config.head_dim)
         self.pool_specs = [
-            PoolSpec(name, shape, parts.weights.dtype, config.num_layers)
-            for name in ("key", "value")
+            PoolSpec(name, shape, parts.weights.dtype, config.num_layers) for name in ("key", "value")
         ]
 
     def bind(self, pools: Pools) -> None:

@@ -18,7 +18,7 @@ def configure(fields: Fields) -> ModelConfig:
         architecture="Qwen2ForCausalLM",
         max_position_embeddings=32768,
         kv_heads=32,
-        windows=fields.qwen_windows(),
+        windows=fields.qwen_windows(fields.integer("max_window_layers", 28, least=0)),
         qkv_bias=True,
     )
 

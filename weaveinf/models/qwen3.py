@@ -20,7 +20,7 @@ def configure(fields: Fields) -> ModelConfig:
         max_position_embeddings=32768,
         kv_heads=32,
         head_dim=fields.integer("head_dim", 128),
-        windows=fields.qwen_windows(),
+        windows=fields.qwen_windows(fields.integer("max_window_layers", 28, least=0)),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         qk_norm=True,

@@ -16,7 +16,6 @@ from weaveinf.models.registry import Family
 def configure(fields: Fields) -> ModelConfig:
     layers = fields.integer("num_hidden_layers")
     attention_bias = fields.flag("attention_bias")
-    window = fields.integer("sliding_window", 4096) if fields.flag("use_sliding_window") else None
     step, dense = fields.integer("decoder_sparse_step", 1), fields.raw.get("mlp_only_layers") or []
     if not isinstance(dense, list):
         raise fields.refuse("mlp_only_layers", "a list of layer numbers")
@@ -31,7 +30,7 @@ def configure(fields: Fields) -> ModelConfig:
         architecture="Qwen3MoeForCausalLM",
         max_position_embeddings=32768,
         kv_heads=4,
-        windows=fields.windows(layers, window, [True] * layers),
+        windows=fields.qwen_windows(first=0),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         qk_norm=True,

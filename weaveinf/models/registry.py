@@ -69,6 +69,4 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
     asked = str(named[0] if named else raw.get("model_type"))
     why = next((words for start, words in _REFUSED.items() if asked.startswith(start)), "")
     known = ", ".join(families())
-    raise ValueError(
-        f"{where}: architecture {asked!r} is not supported{': ' * bool(why)}{why} ({known})"
-    )
+    raise ValueError(f"{where}: architecture {asked!r} is not supported{': ' * bool(why)}{why} ({known})")

@@ -80,9 +80,7 @@ class Rope:
             raise ValueError(f"{where}: rope parameters must be one flat object, got {given!r}")
         kind = given.get("rope_type", given.get("type", "default")) or "default"
         if kind not in _KEYS:
-            raise ValueError(
-                f"{where}: rope type {kind!r} is unknown; supported: {', '.join(_KEYS)}"
-            )
+            raise ValueError(f"{where}: rope type {kind!r} is unknown; supported: {', '.join(_KEYS)}")
         unknown = sorted(set(given) - _KEYS[kind] - _ALWAYS)
         if unknown:
             raise ValueError(f"{where}: rope type {kind!r} has no parameter {unknown[0]!r}")
@@ -163,9 +161,7 @@ class Rope:
 
     def _turning_dim(self, turns: float) -> float:
         """The (real) dimension pair that turns this often within the original length."""
-        return (
-            self.dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-        )
+        return self.dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
     def table(self, length: int, device: torch.device) -> Tensor:
         """Float32 [length, dim]: cosines, then sines, of every position, on `device`."""

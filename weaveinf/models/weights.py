@@ -123,9 +123,7 @@ def _shards(path: Path) -> list[Path]:
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"{index} names {file!r}, which is not a file beside it")
             if not (path / file).is_file():
-                raise ValueError(
-                    f"{path / file} is missing though {index.name} names it: fetch it again"
-                )
+                raise ValueError(f"{path / file} is missing though {index.name} names it: fetch it again")
         return [path / file for file in sorted(set(files.values()))]
     if single.is_file():
         return [single]

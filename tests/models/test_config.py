@@ -1,0 +1,135 @@
+"""What a config.json may say, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.harness import FAMILIES, SMALL
+from weaveinf.models.config import ModelConfig
+from weaveinf.models.registry import families
+
+NAMES = {family.model_type: name for name, family in families().items()}
+
+
+def parse(family: str = "llama", **changes: Any) -> ModelConfig:
+    raw = {"architectures": [NAMES[family]], **SMALL, **FAMILIES[family], **changes}
+    return ModelConfig.from_dict({key: value for key, value in raw.items() if value != "absent"})
+
+
+def test_the_families_are_found_by_their_files() -> None:
+    assert sorted(NAMES) == ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"]
+    assert parse(architectures="absent", model_type="qwen2").architecture == "Qwen2ForCausalLM"
+    assert parse(architectures=["New", "MistralForCausalLM"]).architecture == "MistralForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["Gemma2ForCausalLM"]}, "'Gemma2ForCausalLM' is not supported: it norm"),
+        ({"architectures": ["Olmo2ForCausalLM"]}, "before the residual add"),
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM'.*LlamaForCausalLM"),
+        ({"architectures": "LlamaForCausalLM"}, "expected a list"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map.*remote code"),
+        ({"quantization_config": {"quant_method": "awq"}}, "unquantized"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', expected 'silu'"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": "absent"}, "hidden_size=None"),
+        ({"hidden_size": 48.0}, "hidden_size=48.0, expected an integer"),
+        ({"num_hidden_layers": 0}, "at least 1"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf"),
+        ({"rms_norm_eps": "1e-5"}, "expected a number"),
+        ({"tie_word_embeddings": "yes"}, "true or false"),
+        ({"num_key_value_heads": 3}, "a divisor of num_attention_heads=4"),
+        ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"head_dim": None, "hidden_size": 50}, "a multiple of num_attention_heads=4"),
+        ({"torch_dtype": "int8"}, "torch_dtype='int8'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"rope_scaling": {"type": "su"}}, "rope type 'su'"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        parse(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_mixtures_refuse() -> None:
+    with pytest.raises(ValueError, match="num_experts_per_tok=9 of only 4"):
+        parse("mixtral", num_experts_per_tok=9)
+    with pytest.raises(ValueError, match="mlp_only_layers"):
+        parse("qwen3_moe", mlp_only_layers=1)
+
+
+def test_which_layers_slide() -> None:
+    def windows(family: str, **changes: Any) -> tuple[int | None, ...]:
+        return parse(family, **changes).windows
+
+    assert windows("mistral", sliding_window=7) == (7, 7, 7)
+    assert windows("mistral", sliding_window=None) == (None,) * 3
+    assert windows("mistral", sliding_window="absent") == (4096,) * 3
+    assert windows("mixtral") == windows("qwen2", sliding_window=9) == (None,) * 3
+    sliding = {"use_sliding_window": True, "sliding_window": 9}
+    assert windows("qwen2", **sliding, max_window_layers=2) == (None, None, 9)
+    assert windows("qwen3", **sliding) == (None,) * 3  # from layer 28 on
+    assert windows("qwen3_moe", **sliding) == (9, 9, 9)
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert windows("qwen3", **sliding, layer_types=types) == (9, None, None)
+    assert windows("qwen3", use_sliding_window=False, layer_types=types) == (None,) * 3
+    for wrong in (types[:2], ["chunked_attention"] * 3):
+        with pytest.raises(ValueError, match="layer_types"):
+            windows("qwen3", **sliding, layer_types=wrong)
+
+
+def test_defaults_of_absent_fields() -> None:
+    config = parse("qwen3", head_dim="absent")
+    assert (config.head_dim, config.dtype) == (128, torch.float32)
+    assert parse(num_key_value_heads="absent").num_kv_heads == 4
+    assert parse("qwen3_moe", head_dim="absent").head_dim == 12
+    assert parse("mixtral").rope.theta == 1e6
+    assert parse(dtype="bfloat16").dtype is parse(torch_dtype="bfloat16").dtype is torch.bfloat16
+
+
+def test_sizes_that_ranks_cannot_share() -> None:
+    config = parse(num_attention_heads=12, num_key_value_heads=2, intermediate_size=44)
+    for size in (1, 2, 4):
+        config.check_ranks(size)
+    with pytest.raises(ValueError, match="num_attention_heads=12 is not divisible by 8 ranks"):
+        config.check_ranks(8)
+    with pytest.raises(ValueError, match="intermediate_size=44 is not divisible by 6 ranks"):
+        config.check_ranks(6)
+    with pytest.raises(ValueError, match="num_key_value_heads=3 is neither"):
+        parse(num_attention_heads=6, num_key_value_heads=3).check_ranks(2)
+    with pytest.raises(ValueError, match="experts' intermediate size=24"):
+        parse("qwen3_moe", num_attention_heads=16, intermediate_size=16).check_ranks(16)
+    parse("qwen3_moe", intermediate_size=41).check_ranks(4)  # no layer is dense
+
+
+def test_the_length_of_requests() -> None:
+    assert parse().max_model_len == 128
+    assert parse().limited_to(100).max_model_len == 100
+    for wrong in (0, 129):
+        with pytest.raises(ValueError, match=f"max_model_len={wrong} is outside 1..128"):
+            parse().limited_to(wrong)
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        ModelConfig.from_path(tmp_path)
+    raw = {"model_type": "llama", **SMALL, "eos_token_id": 3}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ModelConfig.from_path(tmp_path, 50).max_model_len == 50
+    assert ModelConfig.from_path(tmp_path).eos_token_ids == (3,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
+    assert ModelConfig.from_path(tmp_path).eos_token_ids == (4, 5)
+    for wrong in ("{", "[]"):
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            ModelConfig.from_path(tmp_path)
