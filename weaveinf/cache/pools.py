@@ -20,8 +20,6 @@ class PoolSpec:
         name: how the owner finds it again.
         shape: per token (or per page).
         per: whether `shape` is per "token" or per "page".
-        place: "device", or "host" for what is fetched by need.
-        reset: value that a page's storage has when it is handed out anew; None: whatever was there.
     """
 
     name: str
@@ -29,8 +27,6 @@ class PoolSpec:
     dtype: torch.dtype
     layers: int
     per: Literal["token", "page"] = "token"
-    place: Literal["device", "host"] = "device"
-    reset: float | None = None
 
     def bytes_per_page(self, page_size: int) -> int:
         tokens = page_size if self.per == "token" else 1
@@ -52,20 +48,12 @@ class Pools:
         self._pools: dict[str, list[Tensor]] = {}
         for spec in self.specs:
             per_page = (page_size, *spec.shape) if spec.per == "token" else spec.shape
-            place = device if spec.place == "device" else torch.device("cpu")
             self._pools[spec.name] = [
-                _zeros((num_pages, *per_page), spec.dtype, place) for _ in range(spec.layers)
+                _zeros((num_pages, *per_page), spec.dtype, device) for _ in range(spec.layers)
             ]
 
     def __getitem__(self, name: str) -> list[Tensor]:
         return self._pools[name]
-
-    def reset(self, pages: Tensor) -> None:
-        """Gives newly handed out pages (int64) the reset value of each pool that has one."""
-        for spec in self.specs:
-            if spec.reset is not None:
-                for pool in self._pools[spec.name]:
-                    pool[pages] = spec.reset
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
