@@ -1,0 +1,248 @@
+"""Brings an engine's ranks to life, and hands rank 0 what drives them."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import replace
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from weaveinf.cluster.board import Board
+from weaveinf.cluster.rank import LOADING_S, follow, rank_device, take_share
+from weaveinf.cluster.spawn import Children, make_store
+from weaveinf.cluster.supervise import LEAVE_S, Supervisor
+from weaveinf.comm.errors import RankDied
+from weaveinf.comm.ranks import Ranks
+from weaveinf.config import EngineConfig
+from weaveinf.engine.step import Step, StepOutput
+from weaveinf.engine.worker import Progress, Worker
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_taken = False  # torchrun's ranks serve one engine
+
+
+def launch(config: EngineConfig, progress: Progress | None = None) -> Cluster:
+    """Starts the ranks of `config` and returns once all have loaded.
+
+    The calling process is rank 0. Under torchrun the ranks are torchrun's, and the call returns on rank 0
+    only: on the others it serves rank 0 and then raises SystemExit. `tensor_parallel_size` may be left
+    at 1 there.
+
+    Args:
+        progress: see `Worker`; for rank 0's part of the checkpoint.
+
+    Raises:
+        ValueError: for settings or a checkpoint that cannot work, whichever rank found out.
+        RankDied: when a rank ends before it is ready. No process is left then.
+    """
+    if all(os.environ.get(name) for name in _TORCHRUN) and os.environ["WORLD_SIZE"] != "1":
+        return _join_torchrun(config, progress)
+    size = config.tensor_parallel_size
+    if size == 1:
+        return Cluster(config, None, None, progress)
+    store, port = make_store(LOADING_S)
+    return Cluster(config, store, Children(config, size, port), progress)
+
+
+def _join_torchrun(config: EngineConfig, progress: Progress | None) -> Cluster:
+    global _taken
+    size = int(os.environ["WORLD_SIZE"])
+    if config.tensor_parallel_size not in (1, size):
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size}, but torchrun started {size} ranks; "
+            f"leave it out or use torchrun's --nproc-per-node {config.tensor_parallel_size}"
+        )
+    if _taken:
+        raise ValueError(
+            "torchrun's ranks already serve an engine; for several engines in a process start it "
+            "without torchrun"
+        )
+    _taken = True
+    config = replace(config, tensor_parallel_size=size)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
+    if rank > 0:
+        raise SystemExit(follow(config, store, rank, size))
+    return Cluster(config, store, None, progress)
+
+
+class Cluster:
+    """The `Executor` over all ranks. `worker` is rank 0's, which runs in a thread of this process, so
+    that the next step is described and sent while one is computed.
+
+    What `launch` may raise is raised by the constructor.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        store: dist.Store | None,
+        children: Children | None,
+        progress: Progress | None,
+    ) -> None:
+        self._driver = _Driver(config, store, children, progress)
+        self._finalizer = weakref.finalize(self, self._driver.close)
+        try:
+            self._driver.start()
+            self._driver.take()
+        except BaseException:
+            self.close()
+            raise
+        assert self._driver.worker is not None
+        self.worker: Worker = self._driver.worker
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the run, as soon as it is known; None while all is well."""
+        return self._driver.failure
+
+    def submit(self, step: Step) -> None:
+        """Sends a step to every rank. RankDied when one is gone."""
+        try:
+            self._driver.submit(step)
+        except BaseException:
+            self.close()
+            raise
+
+    def collect(self) -> StepOutput:
+        """Waits for the oldest step whose output was not collected. RankDied when a rank is gone."""
+        try:
+            output = self._driver.take()
+        except Exception:
+            self.close()
+            raise
+        assert output is not None
+        return output
+
+    def close(self) -> None:
+        """Ends all ranks within seconds, also those that do not listen. May be called again."""
+        self._finalizer()
+
+
+class _Driver(threading.Thread):
+    """Rank 0's worker thread: makes the worker, then runs the steps that are submitted."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        store: dist.Store | None,
+        children: Children | None,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(name="rank 0", daemon=True)
+        self.worker: Worker | None = None
+        self.failure: Exception | None = None
+        self._config = config
+        self._store = store
+        self._progress = progress
+        self._process = os.getpid()
+        self._threads = torch.get_num_threads()
+        self._broken = False
+        self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepOutput | Exception | None] = queue.SimpleQueue()
+        self._supervisor: Supervisor | None = None
+        if store is not None:
+            board = Board(store, 0, config.tensor_parallel_size)
+            self._supervisor = Supervisor(board, children, self._hear)
+            self._supervisor.start()
+
+    def _hear(self, news: Exception | None) -> None:
+        if news is not None:
+            self.failure = news
+        self._results.put(news)
+
+    # Called from the thread that uses the engine.
+
+    def submit(self, step: Step) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self._supervisor is not None:
+            assert self.worker is not None
+            try:
+                self.worker.ranks.control.send(step.pack())
+            except RankDied as error:
+                self._supervisor.accuse(error)
+                while True:
+                    self.take()  # until the verdict comes
+            except BaseException:
+                self._broken = True  # the others may have a step that this rank has not
+                raise
+            self._supervisor.submitted += 1
+        self._steps.put(step)
+
+    def take(self) -> StepOutput | None:
+        """The next result; None is that of the start."""
+        if self.failure is not None:
+            raise self.failure
+        result = self._results.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        if os.getpid() != self._process:
+            return  # a fork of the process that has the ranks
+        orderly = self.worker is not None and not self._broken and self.failure is None
+        watch = self._supervisor
+        if watch is not None:
+            watch.leave(at_once=not orderly)
+            if orderly:
+                assert self.worker is not None
+                try:
+                    self.worker.ranks.control.send(np.empty(0, np.int64))
+                except (RuntimeError, TimeoutError):
+                    watch.leave(at_once=True)
+        self._steps.put(None)
+        if self.ident is not None and self is not threading.current_thread():
+            self.join(LEAVE_S)
+        if watch is not None and watch is not threading.current_thread():
+            watch.join(2 * LEAVE_S)
+
+    # The thread itself.
+
+    def run(self) -> None:
+        watch = self._supervisor
+        ranks: Ranks | None = None
+        try:
+            ranks = self._join()
+            self.worker = Worker(self._config, ranks, self._progress)
+            if watch is None:
+                self._results.put(None)
+            else:
+                watch.ready()
+            recent: deque[float] = deque(maxlen=64)
+            while (step := self._steps.get()) is not None:
+                began = time.monotonic()
+                self._results.put(self.worker.execute(step))
+                if watch is not None:
+                    recent.append(time.monotonic() - began)
+                    watch.slowest = max(recent)
+                    watch.done += 1
+        except Exception as error:
+            if watch is None:
+                self._hear(error)
+            else:
+                watch.accuse(error)
+        finally:
+            if self.worker is not None:
+                self.worker.seam.close()
+            if ranks is not None:
+                ranks.close()
+            torch.set_num_threads(self._threads)
+
+    def _join(self) -> Ranks:
+        if self._supervisor is None:
+            device = self._config.torch_device
+            return Ranks.single(torch.device("cuda", 0) if device.type == "cuda" else device)
+        assert self._store is not None
+        processes = self._supervisor.processes()
+        take_share(processes, 0)
+        device = rank_device(self._config, processes, 0)
+        return Ranks.join(0, self._config.tensor_parallel_size, self._store, device, LOADING_S)
