@@ -25,8 +25,9 @@ T = TypeVar("T")
 Voting = Generator[Tensor, Tensor, T]
 
 CANDIDATES = 64  # tokens per shard that the first attempt at top-k, top-p and min-p exchanges
-_BLOCK = 128
+_BLOCK, _SMALL_BLOCK = 128, 64
 _LIMB = 18  # bits: sums over up to 64 ranks stay exact in float32
+_STEPS, _BUCKETS = 64.0, 2048  # equal steps of the score, down to 32 below the peak
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -41,9 +42,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not 0 < self.vocab_size <= 1 << 24:
-            raise ValueError(
-                f"vocabulary of {self.vocab_size}: ids must be exact in float32 (up to 2^24)"
-            )
+            raise ValueError(f"vocabulary of {self.vocab_size}: ids must be exact in float32 (up to 2^24)")
 
     @property
     def unit(self) -> float:
@@ -140,21 +139,44 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k <= n first of each row of [rows, n] by (score descending, column ascending): scores,
     columns."""
     n = scores.shape[1]
-    values, columns = scores.topk(min(k + 1, n), dim=1)
-    if k < n and bool((values[:, k - 1] == values[:, k]).any()):  # topk takes any of equals
-        key = _ordered(scores).long() * (1 << 32) + torch.arange(
-            n - 1, -1, -1, device=scores.device
-        )
+    columns, clear = _top_unless_tied(scores, k)
+    if not clear:
+        key = _ordered(scores).long() * (1 << 32) + torch.arange(n - 1, -1, -1, device=scores.device)
         columns = key.topk(k, dim=1).indices
-    columns = columns[:, :k].sort(dim=1).values
+    columns = columns.sort(dim=1).values
     values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)
 
 
+def _top_unless_tied(scores: Tensor, k: int) -> tuple[Tensor, bool]:
+    """Columns of the k largest of each row, and whether these are clear: topk takes any of equals.
+
+    The k + 1 largest lie in the k + 1 blocks of the largest maxima; to find these costs half.
+    """
+    rows, n = scores.shape
+    k_more = min(k + 1, n)
+    columns = None
+    blocks = n // _SMALL_BLOCK
+    if n % _SMALL_BLOCK == 0 and blocks > 2 * k_more:
+        peaks = scores.unflatten(1, (blocks, _SMALL_BLOCK)).amax(-1)
+        block = peaks.topk(k_more, dim=1, sorted=False).indices
+        line = (block + torch.arange(rows, device=scores.device)[:, None] * blocks).flatten()
+        scores = scores.reshape(-1, _SMALL_BLOCK).index_select(0, line).view(rows, -1)
+        inside = torch.arange(_SMALL_BLOCK, device=scores.device)
+        columns = (block[..., None] * _SMALL_BLOCK + inside).flatten(1)
+    values, found = scores.topk(k_more, dim=1)
+    if columns is not None:
+        found = columns.gather(1, found)
+    return found[:, :k], k == n or not bool((values[:, k - 1] == values[:, k]).any())
+
+
 def _ordered(scores: Tensor) -> Tensor:
-    """float32 -> int32 in the same order, equal exactly where the floats are (so 0.0 is added to
-    -0.0)."""
-    bits = (scores + 0.0).view(torch.int32)
+    """float32 -> int32 in the same order, equal exactly where the floats are (-0.0 becomes 0.0)."""
+    return _flip((scores + 0.0).view(torch.int32))
+
+
+def _flip(bits: Tensor) -> Tensor:
+    """A float32's bits to an integer of the same order, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -218,11 +240,7 @@ def sample_limited(scores: Tensor, keys: Tensor, limits: Limits, shard: Shard) -
     value_all, order = merged[0].sort(dim=1, descending=True, stable=True)
     peak = value_all[:, :1]
     place = torch.arange(order.shape[1], device=scores.device)
-    known = (
-        (order % k == k - 1).int().argmax(1) + 1
-        if k < shard.width
-        else scores.new_full((), torch.inf)
-    )
+    known = (order % k == k - 1).int().argmax(1) + 1 if k < shard.width else scores.new_full((), torch.inf)
     allowed = (place < known[..., None]) & (place < limits.top_k[:, None])
     allowed &= value_all - peak >= limits.floor.clamp(min=_LOWEST)[:, None]
     count = allowed.sum(1)
@@ -238,9 +256,7 @@ def sample_limited(scores: Tensor, keys: Tensor, limits: Limits, shard: Shard) -
     token = ids_all.masked_fill_(~tied, 1 << 24).amin(1).long()
     if not bool(done.all()):
         left = (~done).nonzero().squeeze(1)
-        token[left] = yield from _sample_far(
-            scores[left], peak[left], keys[left], limits.rows(left), shard
-        )
+        token[left] = yield from _sample_far(scores[left], peak[left], keys[left], limits.rows(left), shard)
     return token.masked_fill_(~peak.squeeze(1).isfinite(), -1)
 
 
@@ -275,74 +291,93 @@ def _within_top_p(
     after = heavy.cumsum(1)
     target = limits.top_p * torch.where(closed, after[:, -1], total)
     inside = (after - heavy < target[:, None]) | (limits.top_p >= 1)[:, None]
-    whole = closed | (
-        limits.top_k >= shard.vocab_size
-    )  # else `total` is not that of the first top_k
+    whole = closed | (limits.top_k >= shard.vocab_size)  # else `total` is not that of the first top_k
     return inside, (limits.top_p < 1) & (after[:, -1] >= target) & whole
 
 
-def _sample_far(
-    scores: Tensor, peak: Tensor, keys: Tensor, limits: Limits, shard: Shard
-) -> Voting[Tensor]:
-    """`sample_limited` for rows whose boundary lies deep in the vocabulary: radix search, then
-    noise."""
+def _sample_far(scores: Tensor, peak: Tensor, keys: Tensor, limits: Limits, shard: Shard) -> Voting[Tensor]:
+    """`sample_limited` for rows whose boundary lies deep in the vocabulary: search, then noise.
+
+    Sets are float32 masks of 0 and 1: on CPU arithmetic is several times as fast as `where`.
+    """
     below = scores - peak
-    allowed = below >= limits.floor.clamp(min=_LOWEST)[:, None]
+    allowed = _reaching(below, limits.floor)
     if bool((limits.top_k < shard.vocab_size).any()):
-        allowed &= yield from first_of_mass(scores, allowed.double(), limits.top_k.double(), shard)
+        inside = yield from first_of_mass(scores, below, allowed, limits.top_k.double(), shard)
+        allowed *= inside
     if bool((limits.top_p < 1).any()):
-        weight = mass(below, shard.unit).double() * allowed
-        inside = yield from first_of_mass(scores, weight, limits.top_p, shard, relative=True)
-        allowed &= inside | (limits.top_p >= 1)[:, None]
-    ids = torch.arange(
-        shard.start, shard.start + shard.width, dtype=torch.int32, device=scores.device
-    )
-    noisy = (scores + gumbel(keys, ids)).masked_fill_(~allowed, -torch.inf)
+        weight = mass(below, shard.unit).mul_(allowed)
+        inside = yield from first_of_mass(scores, below, weight, limits.top_p, shard, True)
+        allowed *= inside.maximum((limits.top_p >= 1)[:, None].float())
+    ids = torch.arange(shard.width, dtype=torch.int32, device=scores.device) + shard.start
+    noisy = gumbel(keys, ids).add_(scores).add_(allowed.sub_(1), alpha=-_LOWEST)
     value, column = best(noisy)
     return (yield from winner(value, column + shard.start, shard))
 
 
-def first_of_mass(
-    scores: Tensor, weight: Tensor, target: Tensor, shard: Shard, relative: bool = False
-) -> Voting[Tensor]:
-    """The fewest tokens, highest scores first, whose weights reach `target`: bool [rows, width].
+def _reaching(scores: Tensor, edge: Tensor) -> Tensor:
+    """1.0 where a score [rows, n] is finite and not below the row's edge [rows], else 0.0."""
+    short = (edge.clamp(min=_LOWEST)[:, None] - scores).clamp_(min=0)
+    return short.sign_().neg_().add_(1)
 
-    weight: whole numbers, float64 [rows, width], equal for equal scores. target: float64 [rows],
-    of the total when `relative`, at most the total otherwise. Three votes of at most 2^11 buckets
-    per row find the boundary's score bit by bit; a fourth counts the tokens that have exactly this
-    score.
+
+def first_of_mass(
+    scores: Tensor,
+    below: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    shard: Shard,
+    relative: bool = False,
+) -> Voting[Tensor]:
+    """The fewest tokens, highest scores first, whose weights reach `target`: 1.0 or 0.0, float32.
+
+    scores, below (score - peak), weight: float32 [rows, width]; the weights whole numbers, equal
+    for equal scores. target: float64 [rows] above 0, of the total when `relative`, else at most
+    the total. One vote finds the boundary's bucket in equal steps of `below`, four more the byte
+    after byte of its exact score (of the few tokens in that bucket), a last one counts its ties.
     """
     rows, width = scores.shape
-    code = (0x7FFFFFFF - _ordered(scores).long()).flatten()  # 32 bits, the best is the smallest
-    row = torch.arange(rows, device=scores.device).repeat_interleave(width)
-    at, heavy, edge = (
-        torch.arange(rows * width, device=scores.device),
-        weight.flatten(),
-        row.new_zeros(rows),
-    )
-    codes, tied_mass = code, target
-    for shift, bits in ((21, 11), (10, 11), (0, 10)):
-        digit = (code >> shift) & ((1 << bits) - 1)
-        sums = heavy.new_zeros(rows << bits).index_add_(0, (row << bits) + digit, heavy)
-        upto = _from_limbs((yield _to_limbs(sums))).view(rows, -1).cumsum(1)
-        if shift == 21:
-            target = target * upto[:, -1] if relative else torch.minimum(target, upto[:, -1])
-        hit = torch.searchsorted(upto, target[:, None]).clamp_(max=(1 << bits) - 1)
-        before = upto.gather(1, (hit - 1).clamp_(min=0)) * (hit > 0)
-        tied_mass = (upto.gather(1, hit) - before).squeeze(1)
-        target = target - before.squeeze(1)
-        hit = hit.squeeze(1)
-        edge = (edge << bits) + hit
+    lines = torch.arange(rows, device=scores.device)
+    bucket = (below * -_STEPS).clamp_(max=_BUCKETS - 1).floor_()
+    index = (bucket + (lines * _BUCKETS)[:, None]).long().flatten()
+    sums = _sums(index, weight.flatten(), rows, _BUCKETS)
+    hit, target, tied = _reach((yield _to_limbs(sums)), target, relative)
+    at = (bucket == hit[:, None]).flatten().nonzero().squeeze(1)
+    row, heavy = at // width, weight.flatten()[at]
+    code = 0x7FFFFFFF - _ordered(scores.flatten()[at]).long()  # 32 bits, the best is the smallest
+    edge = torch.zeros_like(lines)
+    for shift in (24, 16, 8, 0):
+        digit = (code >> shift) & 0xFF
+        sums = _sums((row << 8) + digit, heavy, rows, 256)
+        hit, target, tied = _reach((yield _to_limbs(sums)), target)
+        edge = (edge << 8) + hit
         inside = (digit == hit[row]).nonzero().squeeze(1)
-        code, row, at, heavy = code[inside], row[inside], at[inside], heavy[inside]
+        at, row, heavy, code = at[inside], row[inside], heavy[inside], code[inside]
     own = torch.bincount(row, minlength=rows)
     ties = yield from shard.gather(own.float())
-    wanted = (target / (tied_mass / ties.sum(0))).ceil()  # the inner ratio is whole, so exact
+    wanted = (target / (tied / ties.sum(0))).ceil()  # the inner ratio is whole, so exact
     wanted -= ties[: shard.start // shard.width].sum(0)
-    rank_in_row = torch.arange(row.numel(), device=row.device) - (own.cumsum(0) - own)[row]
-    chosen = codes < edge.repeat_interleave(width)
-    chosen[at[rank_in_row < wanted[row]]] = True
-    return chosen.view(rows, width)
+    chosen = _reaching(scores, _flip((0x7FFFFFFF - edge).to(torch.int32)).view(torch.float32))
+    surplus = torch.arange(row.numel(), device=row.device) - (own.cumsum(0) - own)[row]
+    chosen.view(-1)[at[surplus >= wanted[row]]] = 0
+    return chosen
+
+
+def _sums(index: Tensor, weight: Tensor, rows: int, buckets: int) -> Tensor:
+    """float32 weights at int64 row * buckets + bucket -> exact sums, float64 [rows, buckets]."""
+    sums = torch.zeros(rows * buckets, dtype=torch.float64, device=weight.device)
+    return sums.scatter_add_(0, index, weight.double()).view(rows, buckets)
+
+
+def _reach(limbs: Tensor, target: Tensor, relative: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over ranks [3, rows, buckets] -> per row the first bucket up to which they reach the
+    target, what is left to reach inside of it, and all that it holds."""
+    sums = _from_limbs(limbs)
+    upto = sums.cumsum(1)
+    target = target * upto[:, -1] if relative else torch.minimum(target, upto[:, -1])
+    hit = torch.searchsorted(upto, target[:, None]).clamp_(max=sums.shape[1] - 1)
+    held = sums.gather(1, hit)
+    return hit.squeeze(1), (target[:, None] - upto.gather(1, hit) + held).squeeze(1), held.squeeze(1)
 
 
 def logprob_parts(logits: Tensor, targets: Tensor, n: int, shard: Shard) -> Tensor:
@@ -370,10 +405,11 @@ def join_logprobs(parts: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     likely tokens ids int64 and values [rows, up to n], ties by the lower id."""
     each = (parts.shape[2] - 3) // 2
     peak = parts[..., 0].amax(0)
-    scaled = parts[..., 1] * (parts[..., 0] - peak).nan_to_num(nan=torch.nan, neginf=_LOWEST).exp()
-    norm = (peak + scaled.sum(0).log())[:, None]
+    scaled = parts[..., 1] * (parts[..., 0] - peak).exp()
+    peak, norm = peak[:, None], scaled.sum(0).log()[:, None]
     values = parts[..., 3 : 3 + each].permute(1, 0, 2).flatten(1)
     ids = parts[..., 3 + each :].permute(1, 0, 2).flatten(1)
     values, order = values.sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, order)[:, :n].long()
-    return (parts[..., 2].sum(0)[:, None] - norm).squeeze(1), ids, values[:, :n] - norm
+    chosen = parts[..., 2].sum(0)[:, None] - peak - norm  # in this order large logits cost no digits
+    return chosen.squeeze(1), ids, values[:, :n] - peak - norm
