@@ -1,0 +1,44 @@
+"""The Triton kernels on a real GPU, through the same cases as the interpreter's test, bfloat16 too.
+
+Until these have passed on a machine with a GPU, the kernels count as compiled (for compute capability
+9.0, tests/ops/test_triton.py) and interpreted, but never run.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.triton_checks import CASES
+from weaveinf.ops.attention import paged_attention, paged_attention_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_against_reference(case: str, dtype: torch.dtype) -> None:
+    check, arguments = CASES[case]
+    check("cuda", dtype, **arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 700])
+def test_attention_replays_in_a_graph(rows: int) -> None:
+    """The launch reads nothing back, so a captured step stays right when its inputs change in place."""
+    torch.manual_seed(0)
+    length, pages, heads = 4096, 256, 8
+    keys, values = torch.randn(2, pages, 16, 2, 128, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(pages, device="cuda").to(torch.int32)[None]
+    starts = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
+    q = torch.randn(rows, heads, 128, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(rows, dtype=torch.int32, device="cuda")
+    arguments = (q, keys, values, table, starts, positions, 128**-0.5)
+    out = paged_attention(*arguments)  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_attention(*arguments, out=out)
+    positions += length - rows
+    q.normal_()
+    graph.replay()
+    want = paged_attention_reference(*arguments)
+    torch.testing.assert_close(out, want, atol=1.6e-2, rtol=1.6e-2)
