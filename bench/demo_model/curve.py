@@ -32,9 +32,7 @@ def draw(log: Sequence[Sequence[Any]]) -> str:
         )
     for tick in range(5):
         step = steps * tick // 4
-        parts.append(
-            f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{step}</text>'
-        )
+        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{step}</text>')
     for column, colour in ((4, "#1f5fbf"), (5, "#c2410c")):
         points = " ".join(f"{x(row[0]):.1f},{y(row[column]):.1f}" for row in log)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')

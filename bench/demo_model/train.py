@@ -24,14 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import corpus
 import torch
 import torch.nn.functional as F
 from curve import draw
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import corpus
 
 HERE = Path(__file__).parent
 VOCABULARY = 4096
@@ -81,9 +80,7 @@ def encode(
     streams: dict[str, list[int]] = {kind: [] for kind in MIXTURE}
     held_out: list[int] = []
     end = tokenizer.convert_tokens_to_ids(corpus.END)
-    for document, ids in zip(
-        shuffled, tokenizer([d.text for d in shuffled])["input_ids"], strict=True
-    ):
+    for document, ids in zip(shuffled, tokenizer([d.text for d in shuffled])["input_ids"], strict=True):
         (held_out if document.held_out else streams[document.kind]).extend([*ids, end])
     return {kind: torch.tensor(ids) for kind, ids in streams.items()}, torch.tensor(held_out)
 
@@ -168,9 +165,7 @@ def rate_at(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - steps + decay) / decay))
 
 
-def export(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, to: Path, log: Sequence[Any]
-) -> None:
+def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, to: Path, log: Sequence[Any]) -> None:
     """Writes the checkpoint in bfloat16, the tokenizer, the licence note and the loss curve.
 
     Each file is written beside its place and moved there, so a reader never sees half of one.
