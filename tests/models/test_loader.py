@@ -197,9 +197,23 @@ def test_resolve_takes_directories_and_refuses_what_is_neither(
     assert resolve(str(tmp_path)) == tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for wrong in ("no/such/place", "nobody/nothing-of-this-name"):
-        with pytest.raises(ValueError, match=f"'{wrong}' is no directory here") as error:
+        with pytest.raises(ValueError, match=f"'{wrong}' is no directory here, and not had") as error:
             resolve(wrong)
         assert "\n" not in str(error.value)
+
+
+def test_resolve_finds_the_fetched_snapshot_of_a_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--model"
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    assert resolve("some/model").name == "a" * 40
+    assert resolve("some/model", "v1").name == "b" * 40
 
 
 PEAK = """

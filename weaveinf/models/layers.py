@@ -130,6 +130,8 @@ class _Heads(NamedTuple):
     k: Tensor
     v: Tensor
     qk: Tensor
+    q_rows: Tensor
+    kv_rows: Tensor
     mixed: Tensor
     mixed_heads: Tensor
 
@@ -200,7 +202,7 @@ class Attention:
 
     def _last(self, x: Tensor, batch: Batch, out: Tensor, w_q: PackedWeight) -> Kept:
         s = self.scratch.get("attention, keys", x.shape[0], self._heads)
-        linear(x, self.qkv, self.qkv_bias, out=s.qkv[:, self.heads * self.dim :])
+        linear(x, self.qkv, self.qkv_bias, out=s.kv_rows)
         if self.k_norm is not None:
             rms_norm(s.k, self.k_norm, self.eps, out=s.k)
         rope_(s.k, self.rotary, batch.positions)
@@ -211,7 +213,7 @@ class Attention:
             x, batch = x[kept], batch.take(kept)
             s = self.scratch.get("attention, queries", x.shape[0], self._heads)
             out = out[: x.shape[0]]
-        linear(x, w_q, self.q_bias, out=s.qkv[:, : self.heads * self.dim])
+        linear(x, w_q, self.q_bias, out=s.q_rows)
         if self.q_norm is not None:
             rms_norm(s.q, self.q_norm, self.eps, out=s.q)
         rope_(s.q, self.rotary, batch.positions)
@@ -243,6 +245,8 @@ class Attention:
             split[:, h : h + kv],
             split[:, h + kv :],
             split[:, : h + kv],
+            qkv[:, : h * d],
+            qkv[:, h * d :],
             mixed,
             mixed.view(count, h, d),
         )

@@ -15,34 +15,28 @@ from weaveinf.models.weights import Checkpoint, Dummy, Progress, Source, Weights
 def resolve(model: str, revision: str | None = None) -> Path:
     """The directory of a model: `model` itself if it is one, else that Hub repository's snapshot.
 
-    The revision is pinned to one commit before anything is fetched, and no pickled file is.
+    All files are of the one commit that `revision` names now; no pickled one is fetched. Without a
+    network the newest snapshot that was fetched before is taken.
 
     Raises:
         ValueError: neither a directory nor a Hub repository that can be fetched.
     """
     if Path(model).is_dir():
         return Path(model)
-    # Imported by need: a local model must load where the Hub's client is not installed.
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    # Imported by need: it takes longer than everything else here together.
+    from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
     try:
-        try:
-            commit = HfApi().model_info(model, revision=revision).sha
-        except (OfflineModeIsEnabled, ConnectionError):
-            return Path(snapshot_download(model, revision=revision, local_files_only=True))
-        return Path(snapshot_download(model, revision=commit, allow_patterns=wanted))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        words = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{model!r} is no directory here, and the Hub does not give it: {words[0]}"
-        ) from error
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja"],
+            ignore_patterns=["consolidated*", "original/*"],  # the same weights in other layouts
+        )
+    except (OSError, ValueError) as error:  # of the Hub's own classes, all are one of these
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{model!r} is no directory here, and not had from the Hub: {words}") from error
+    return Path(folder)
 
 
 def load_model(
