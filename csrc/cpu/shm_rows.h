@@ -13,13 +13,6 @@
 #define WEAVEINF_CLONES
 #endif
 
-// A product and a sum fused would round once where torch rounds twice.
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
-
 namespace {
 
 struct RowTask {
@@ -57,24 +50,32 @@ inline void round_to(float v, BFloat16& out) {  // to nearest, ties to even; a N
 template <typename T>
 inline __attribute__((always_inline)) void one_row(const RowTask& t, int64_t row, float* __restrict f) {
   const int64_t n = t.hidden;
-  const T* p = reinterpret_cast<const T*>(t.partials[0]) + row * n;
-  for (int64_t i = 0; i < n; ++i) f[i] = to_float(p[i]);
-  for (int r = 1; r < t.size; ++r) {
-    const T* q = reinterpret_cast<const T*>(t.partials[r]) + row * n;
+  auto partial = [&](int r) { return reinterpret_cast<const T*>(t.partials[r]) + row * n; };
+  const T *p = partial(0), *q = partial(1);  // there are two ranks at least
+  for (int64_t i = 0; i < n; ++i) f[i] = to_float(p[i]) + to_float(q[i]);
+  for (int r = 2; r < t.size; ++r) {
+    q = partial(r);
     for (int64_t i = 0; i < n; ++i) f[i] += to_float(q[i]);
   }
-  if (t.scale != 1.0f)
+  if (t.scale != 1.0f)  // a loop of its own: fused with the next sum it would round once, not twice
     for (int64_t i = 0; i < n; ++i) f[i] *= t.scale;
+  T* residual = reinterpret_cast<T*>(t.residual) + row * n;  // may be the old one
   if (t.old_residual != nullptr) {
     const T* old = reinterpret_cast<const T*>(t.old_residual) + (t.kept ? t.kept[row] : row) * n;
-    for (int64_t i = 0; i < n; ++i) f[i] += to_float(old[i]);
-  }
-  T* __restrict residual = reinterpret_cast<T*>(t.residual) + row * n;
-  for (int64_t i = 0; i < n; ++i) {
-    T v;
-    round_to(f[i], v);
-    residual[i] = v;
-    f[i] = to_float(v);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T v;
+      round_to(f[i] + to_float(old[i]), v);
+      residual[i] = v;
+      f[i] = to_float(v);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      T v;
+      round_to(f[i], v);
+      residual[i] = v;
+      f[i] = to_float(v);
+    }
   }
   float lanes[32] = {};  // a fixed order of summation, the same on every machine
   int64_t i = 0;

@@ -9,11 +9,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from weaveinf.comm import segment
 from weaveinf.comm.segment import SILENT, Group, Segment, check
-from weaveinf.comm.waits import wait_for
+from weaveinf.comm.waits import Backend, wait_for
 
 _LOOK_S = 0.2
 """A receiver comes back to Python this often, so that signals are handled."""
@@ -78,6 +77,10 @@ class SharedChannel:
         check(code, "the control channel")
         return message
 
+    def look(self) -> None:
+        """Raises RankDied when a peer is gone."""
+        check(self._lib.weaveinf_look(self._address), "the control channel")
+
     def close(self) -> None:
         """See `Channel.close`."""
         self._state.group.broken = 256 + self._state.group.rank
@@ -90,19 +93,15 @@ class GlooChannel:
     `receive` waits for the thread. It ends with the connection.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, rank: int, size: int, silence_s: float
-    ) -> None:
+    def __init__(self, group: Backend, rank: int, size: int, silence_s: float) -> None:
         self._group = group
         self._size = size
         self._silence_s = silence_s
         self._arrived: queue.SimpleQueue[np.ndarray | Exception] = queue.SimpleQueue()
         if group is not None and rank != 0:
-            threading.Thread(
-                target=self._listen, args=(group,), name="weaveinf-control", daemon=True
-            ).start()
+            threading.Thread(target=self._listen, args=(group,), name="weaveinf-control", daemon=True).start()
 
-    def _listen(self, group: dist.ProcessGroup) -> None:
+    def _listen(self, group: Backend) -> None:
         try:
             while True:
                 length = torch.empty(1, dtype=torch.int64)
@@ -121,11 +120,7 @@ class GlooChannel:
         words = torch.from_numpy(np.array(message, dtype=np.int64).reshape(-1))
         length = torch.tensor([words.numel()])
         parts = [length, words] if words.numel() else [length]
-        works = [
-            (peer, self._group.send([part], peer, 0))
-            for peer in range(1, self._size)
-            for part in parts
-        ]
+        works = [(peer, self._group.send([part], peer, 0)) for peer in range(1, self._size) for part in parts]
         for peer, work in works:
             wait_for(work, peer, "the control channel", self._silence_s)
 

@@ -33,9 +33,7 @@ class CollectiveSeam:
 
     name = "collective"
 
-    def __init__(
-        self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype, why: str
-    ) -> None:
+    def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype, why: str) -> None:
         assert ranks.seams is not None
         self.why = why
         self._ranks = ranks
@@ -45,12 +43,13 @@ class CollectiveSeam:
         self._few = min(max_rows, _FEW_BYTES // (row_bytes * (size - 1)))
         self._chunk = max_rows if self._nccl else max(1, _CHUNK_BYTES // row_bytes)
         most = max(-(-max_rows // size), self._few)
-        new = {"dtype": dtype, "device": ranks.device}
-        self._partial = torch.empty(max_rows, hidden, **new)
-        self._x = torch.empty(max_rows, hidden, **new)
-        self._inbox = torch.empty(size, most, hidden, **new)
-        self._residual = torch.empty(most, hidden, **new)
-        self._spare = torch.empty(most, hidden, **new)
+
+        def rows(count: int) -> Tensor:
+            return torch.empty(count, hidden, dtype=dtype, device=ranks.device)
+
+        self._partial, self._x = rows(max_rows), rows(max_rows)
+        self._residual, self._spare = rows(most), rows(most)
+        self._inbox = rows(size * most).view(size, most, hidden)
         self._rows = 0
         self._job: Job | None = None
 
@@ -94,9 +93,7 @@ class CollectiveSeam:
         """Sends out[r] to rank r and receives into[r] from it; empty ones (the own, too) do not travel."""
         if self._nccl:
             return [(None, self._group.alltoall(list(into), list(out)))]
-        works: _Works = [
-            (r, self._group.recv([t], r, tag)) for r, t in enumerate(into) if t.numel()
-        ]
+        works: _Works = [(r, self._group.recv([t], r, tag)) for r, t in enumerate(into) if t.numel()]
         works += [(r, self._group.send([t], r, tag)) for r, t in enumerate(out) if t.numel()]
         return works
 
@@ -122,9 +119,7 @@ class CollectiveSeam:
         sums = [
             self._exchange(
                 self._to_peers([self._partial[chunk(at, span)] for span in shares]),
-                self._to_peers(
-                    [self._inbox[r][chunk(at, (0, last - first))] for r in range(len(shares))]
-                ),
+                self._to_peers([self._inbox[r][chunk(at, (0, last - first))] for r in range(len(shares))]),
                 tag=1,
             )
             for at in starts
@@ -170,11 +165,7 @@ class CollectiveSeam:
                 return slice(low, max(low, min(cuts[source + 1], new[target][1])))
 
             def shifted(span: slice, by: int) -> slice:
-                return (
-                    slice(span.start - by, span.stop - by)
-                    if span.stop > span.start
-                    else slice(0, 0)
-                )
+                return slice(span.start - by, span.stop - by) if span.stop > span.start else slice(0, 0)
 
             ranks = range(len(new))
             out = [held[shifted(overlap(me, r), cuts[me])] for r in ranks]
@@ -194,9 +185,7 @@ class CollectiveSeam:
         def run() -> None:
             mine = self._residual.index_select(0, rows[places[me]] - spans[me][0])
             into = [result.new_empty(len(place), result.shape[1]) for place in places]
-            self._wait(
-                self._exchange(self._to_peers([mine] * len(spans)), self._to_peers(into), tag=4)
-            )
+            self._wait(self._exchange(self._to_peers([mine] * len(spans)), self._to_peers(into), tag=4))
             into[me] = mine
             for place, values in zip(places, into, strict=True):
                 result.index_copy_(0, place, values)

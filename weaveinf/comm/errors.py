@@ -10,9 +10,7 @@ class RankDied(RuntimeError):
     """
 
     def __init__(self, rank: int | None, words: str) -> None:
-        super().__init__(
-            f"rank {rank} died: {words}" if rank is not None else f"a rank died: {words}"
-        )
+        super().__init__(f"rank {rank} died: {words}" if rank is not None else f"a rank died: {words}")
         self.rank = rank
         self.words = words
 

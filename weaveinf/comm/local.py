@@ -15,9 +15,7 @@ class LocalSeam:
     name = "local"
     why = "one rank"
 
-    def __init__(
-        self, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self._partial, self._residual, self._x = torch.empty(
             3, max_rows, hidden, dtype=dtype, device=device
         ).unbind(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,10 +13,10 @@ import torch
 class Job:
     """Something under way on the progress thread."""
 
-    def __init__(self, work: Callable[[], None], before: torch.cuda.Event | None) -> None:
+    def __init__(self, work: Callable[[], None], before: Any) -> None:
         self.work = work
         self.before = before
-        self.after: torch.cuda.Event | None = None
+        self.after: Any = None
         self.error: BaseException | None = None
         self._done = threading.Event()
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from weaveinf.comm.errors import RankDied
 from weaveinf.comm.progress import Progress
 from weaveinf.comm.segment import LINE, MAX_RANKS, SILENCE_S, Segment
 from weaveinf.comm.votes import GlooVotes, SharedVotes, Votes
+from weaveinf.comm.waits import Backend
 
 _IDLE = timedelta(days=365)
 """The control group's time limit: an idle engine sends nothing. Who waits on it looks after the peers
@@ -47,20 +49,19 @@ class Ranks:
         self.silence_s = silence_s
         self.hosts: tuple[tuple[int, ...], ...] = ((0,),)
         self.progress = Progress(device)
-        self.seams: dist.ProcessGroup | None = None
+        self.seams: Backend = None
         self.segment: Segment | None = None
-        self.votes: Votes
-        self.control: Channel
+        # Of a single rank, or until `join` has found better.
+        self.votes: Votes = GlooVotes(None, 1)
+        self.control: Channel = GlooChannel(None, 0, 1, silence_s)
         self._store = store
         self._agreements = 0
-        self._groups: list[dist.ProcessGroup] = []
+        self._groups: list[Backend] = []
 
     @classmethod
     def single(cls, device: torch.device) -> Ranks:
         """The only rank: no process group, no store."""
-        ranks = cls(0, 1, device)
-        ranks.votes, ranks.control = GlooVotes(None, 1), GlooChannel(None, 0, 1, SILENCE_S)
-        return ranks
+        return cls(0, 1, device)
 
     @classmethod
     def join(
@@ -105,30 +106,31 @@ class Ranks:
             votes = self._group("votes", self.device.type, timedelta(seconds=self.silence_s))
             self.votes = GlooVotes(votes, self.size)
         if self.segment is not None:
-            self.control = SharedChannel(
-                self.segment, 2 * lines + words, lines, self.size, self.silence_s
-            )
+            self.control = SharedChannel(self.segment, 2 * lines + words, lines, self.size, self.silence_s)
         else:
             control = self._group("control", "cpu", _IDLE)
             self.control = GlooChannel(control, self.rank, self.size, self.silence_s)
         self.agree("connected")
 
-    def _group(self, name: str, device: str, timeout: timedelta) -> dist.ProcessGroup:
+    def _group(self, name: str, device: str, timeout: timedelta) -> Backend:
         """One process group of its own, outside torch.distributed's global state."""
+        assert self._store is not None
         store = dist.PrefixStore(name, self._store)
-        group: dist.ProcessGroup
+        group: Backend
         if device == "cuda":
-            group = dist.ProcessGroupNCCL(store, self.rank, self.size, timeout)
+            options: Any = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            options.is_high_priority_stream = True
+            group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
         else:
-            options = dist.ProcessGroupGloo._Options()
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
             options._timeout = timeout
             one_host = len(self.hosts) == 1
             options._devices = [
-                dist.ProcessGroupGloo.create_device(interface="lo")
-                if one_host
-                else dist.ProcessGroupGloo.create_default_device()
+                gloo.create_device(interface="lo") if one_host else gloo.create_default_device()
             ]
-            group = dist.ProcessGroupGloo(store, self.rank, self.size, options)
+            group = gloo(store, self.rank, self.size, options)
         self._groups.append(group)
         return group
 
@@ -138,16 +140,17 @@ class Ranks:
             return [words]
         self._agreements += 1
         keys = [f"agree/{self._agreements}/{r}" for r in range(self.size)]
-        self._store.set(keys[self.rank], words.encode() or b"-")
+        self._store.set(keys[self.rank], words or "-")
         deadline = time.monotonic() + self.silence_s
         pause = 0.0005
         for rank, key in enumerate(keys):
             while not self._heard(key):
                 if time.monotonic() > deadline:
                     raise TimeoutError(
-                        f"rank {rank} did not come to the start-up of the ranks within "
-                        f"{self.silence_s:.0f} s"
+                        f"rank {rank} did not come to the start-up of the ranks within {self.silence_s:.0f} s"
                     )
+                if isinstance(self.control, SharedChannel):
+                    self.control.look()
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
         heard = [self._store.get(key).decode() for key in keys]
@@ -163,9 +166,10 @@ class Ranks:
     def close(self) -> None:
         """Leaves the group. A peer that still waits for this rank is told that it is gone."""
         self.progress.close()
-        for part in (getattr(self, "control", None), getattr(self, "votes", None), self.segment):
-            if part is not None:
-                part.close()
+        self.control.close()
+        self.votes.close()
+        if self.segment is not None:
+            self.segment.close()
         self._groups.clear()
         self.seams = None
         self._store = None
@@ -192,11 +196,10 @@ def _find_hosts(ranks: Ranks) -> tuple[tuple[int, ...], ...]:
             except OSError:
                 said = ""
         names = ranks.agree(said)
-        answers = ranks.agree(
-            proof if leader == ranks.rank else _read_proof(names[leader], ranks.rank)
-        )
+        answers = ranks.agree(proof if leader == ranks.rank else _read_proof(names[leader], ranks.rank))
     finally:
         if mine is not None:
+            mine.unlink()
             mine.close()
     return _partition(places, answers)
 

@@ -57,6 +57,7 @@ class Group(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, list[type]] = {
+    "weaveinf_look": [_P],
     "weaveinf_meet": [_P, _U64],
     "weaveinf_votes_sum": [_P, _P, _P, _I64],
     "weaveinf_channel_send": [_P, _P, _I64],
@@ -96,9 +97,7 @@ def check(code: int, doing: str) -> None:
     if kind == SILENT:
         raise TimeoutError(f"rank {rank} lives but did not come to {doing} in time")
     if kind == 3:
-        raise RuntimeError(
-            f"rank {rank} came to {doing} with another size: the ranks' steps differ"
-        )
+        raise RuntimeError(f"rank {rank} came to {doing} with another size: the ranks' steps differ")
     raise ValueError("the kept rows must ascend and be rows of this pass")
 
 
@@ -124,6 +123,8 @@ class Segment:
             # closes any descriptor of this file, hence one open() a process.
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         except BaseException:
+            if name is None:
+                self.unlink()
             self.close()
             raise
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -169,7 +170,6 @@ class Segment:
 
     def close(self) -> None:
         """Tells the peers that this rank is gone. The memory goes with its last view."""
-        self.unlink()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -207,5 +207,6 @@ def share(size: int, rank: int, agree: Callable[[str], list[str]]) -> Segment:
         return segment
     except BaseException:
         if segment is not None:
+            segment.unlink()
             segment.close()
         raise

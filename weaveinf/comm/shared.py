@@ -14,9 +14,11 @@ from weaveinf.comm.segment import LINE, Group, check, share
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-_FEW_ELEMENTS = 12288
-"""Up to so many elements (rows x hidden) every rank computes all rows behind one meeting, which is then
-cheaper than computing shares of them between two (measured on two Zen 3 cores; see DESIGN)."""
+_FEW_ELEMENTS = 16384
+"""While rows x hidden x ranks is at most this, every rank computes all rows, behind one meeting and into
+its own cache; beyond, computing a share each, between two meetings, is cheaper (measured on Zen 3)."""
+
+_KEPT_VIEWS = 256
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -63,16 +65,16 @@ class SharedSeam:
         self._finish = segment.lib.weaveinf_seam_finish
         self._meet = segment.lib.weaveinf_meet
         size, rank = ranks.size, ranks.rank
-        few = min(max_rows, _FEW_ELEMENTS // hidden)
+        few = min(max_rows, max(1, _FEW_ELEMENTS // (hidden * size)))
         item = dtype.itemsize
-        # The planes of the segment, each on a page of its own: counters, partials, few partials, residuals, x.
+        # Planes of the segment, on pages of their own: counters, partials, few partials, residuals, x.
         planes = [size * max_rows, 2 * size * few, 2 * max_rows, max_rows]
         at = [-(-size * LINE // 4096) * 4096]
         for rows in planes:
             at.append(at[-1] + -(-rows * hidden * item // 4096) * 4096)
         self._segment = seg = share(at[-1], rank, ranks.agree)
         threads = torch.get_num_threads()
-        self._own = torch.zeros(2, max(few, 1), hidden, dtype=dtype)
+        self._own = torch.zeros(2, few, hidden, dtype=dtype)
         self._scratch = torch.empty(threads + 1, hidden)
         self._state = _State(
             group=seg.group(0, size, ranks.silence_s),
@@ -108,8 +110,8 @@ class SharedSeam:
         self._state.shared = rows > self._few
 
     def _view(self, which: int, of: Tensor) -> Tensor:
-        """The first rows of a buffer; few rows come again and again, so their views are kept."""
-        if self._rows > self._few:
+        """The first rows of a buffer; small numbers of rows come again and again: kept are their views."""
+        if self._rows > _KEPT_VIEWS:
             return of[: self._rows]
         key = (which, self._rows)
         view = self._views.get(key)
@@ -120,16 +122,13 @@ class SharedSeam:
     def partial(self) -> Tensor:
         """See `Seam.partial`. For few rows two buffers take turns."""
         if self._rows > self._few:
-            return self._partial[: self._rows]
+            return self._view(3, self._partial)
         turn = self._state.turn
         return self._view(turn, self._few_partials[turn])
 
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`."""
-        weight = joint.weight
-        if weight.dtype not in DTYPES:
-            weight = weight.float()
-        weight = weight.contiguous()
+        weight = joint.weight if joint.weight.dtype in DTYPES else joint.weight.float()
         if kept is None:
             where, rows = None, self._rows
         else:
@@ -155,7 +154,7 @@ class SharedSeam:
         if code:
             check(code, "a seam")
         if self._rows > self._few:
-            return self._x[: self._rows]
+            return self._view(4, self._x)
         return self._view(2, self._own[1])
 
     def _residual(self) -> Tensor:

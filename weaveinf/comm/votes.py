@@ -6,12 +6,11 @@ import ctypes
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from weaveinf.comm import segment
 from weaveinf.comm.segment import Group, Segment, check
-from weaveinf.comm.waits import wait_for
+from weaveinf.comm.waits import Backend, wait_for
 
 _CHUNK = 16384
 """Floats of one vote that pass at once; longer votes go in chunks."""
@@ -64,7 +63,7 @@ class SharedVotes:
 class GlooVotes:
     """Votes by an all-gather, added up locally; also the votes of a single rank."""
 
-    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
+    def __init__(self, group: Backend, size: int) -> None:
         self._group = group
         self._size = size
 

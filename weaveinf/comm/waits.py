@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from weaveinf.comm.errors import RankDied
 
+Backend = Any
+"""A process group's backend (gloo, NCCL), used directly; torch's stubs do not know its methods."""
 
-def wait_for(
-    work: dist.Work | None, rank: int | None, doing: str, seconds: float | None = None
-) -> None:
+
+def wait_for(work: dist.Work | None, rank: int | None, doing: str, seconds: float | None = None) -> None:
     """Waits for one operation, with `rank` when it concerns one peer.
 
     Without `seconds` the process group's own time limit holds. RankDied when the connection broke,
