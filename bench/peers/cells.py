@@ -37,8 +37,7 @@ def measure(
         prefill, decode = [], []
         for repeat in range(repeats + 1):
             prompts = [
-                [source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length)]
-                for _ in range(batch)
+                [source.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length)] for _ in range(batch)
             ]
             times = run(prompts, 1 + DECODE_TOKENS)
             if repeat > 0:

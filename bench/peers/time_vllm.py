@@ -17,7 +17,7 @@ from cells import CELLS, DECODE_TOKENS, arguments, measure, report
 
 
 def settle_environment(tp: int) -> None:
-    """Sets what vLLM reads from the environment: cores, cache, preloaded OpenMP; may start anew."""
+    """Sets what vLLM reads from the environment: cores, cache, preloaded libraries; may start anew."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // tp)
     # "auto" wants one NUMA node a rank and keeps a core idle for the scheduler.
@@ -28,10 +28,12 @@ def settle_environment(tp: int) -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     os.environ["VLLM_HOST_IP"] = "127.0.0.1"
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if openmp.exists() and "libiomp" not in os.environ.get("LD_PRELOAD", ""):
-        preload = [str(openmp), os.environ.get("LD_PRELOAD", "")]
-        os.environ["LD_PRELOAD"] = ":".join(filter(None, preload))
+    preload = [
+        *map(str, Path(sys.prefix).glob("lib/libiomp5.so")),
+        *map(str, sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))[:1]),
+    ]
+    if preload and not os.environ.get("LD_PRELOAD"):
+        os.environ["LD_PRELOAD"] = ":".join(preload)
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
@@ -56,15 +58,11 @@ def main() -> None:
 
     def run(prompts: list[list[int]], tokens: int) -> list[float]:
         nonlocal requests
-        sampling = vllm.SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
+        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         times = [time.perf_counter()]
         for prompt in prompts:
             requests += 1
-            engine.llm_engine.add_request(
-                str(requests), vllm.TokensPrompt(prompt_token_ids=prompt), sampling
-            )
+            engine.llm_engine.add_request(str(requests), vllm.TokensPrompt(prompt_token_ids=prompt), sampling)
         produced: dict[str, int] = {}
         while engine.llm_engine.has_unfinished_requests():
             outputs = engine.llm_engine.step()
