@@ -59,9 +59,7 @@ class Sampler:
         self.device = device
         self.votes = votes
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._ids = torch.arange(
-            vocab_start, vocab_start + vocab_shard, dtype=torch.int32, device=device
-        )
+        self._ids = torch.arange(vocab_start, vocab_start + vocab_shard, dtype=torch.int32, device=device)
         self._kind = np.zeros(max_num_seqs, np.int64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._temperature = np.ones(max_num_seqs, np.float32)
@@ -202,17 +200,13 @@ class Sampler:
             tokens[self._put(limited)] = drawn
         return tokens
 
-    def _cooled(
-        self, logits: Tensor, rows: Rows, slots: Rows, positions: Rows
-    ) -> tuple[Tensor, Tensor]:
+    def _cooled(self, logits: Tensor, rows: Rows, slots: Rows, positions: Rows) -> tuple[Tensor, Tensor]:
         """Rows divided by their temperatures, and the keys of their noise."""
         of = slots[rows]
         keys = sampling.noise_keys(self._seed[of], positions[rows])
         return _take(logits, rows) / self._put(self._temperature[of])[:, None], keys.to(self.device)
 
-    def _logprobs(
-        self, logits: Tensor, tokens: Tensor, slots: Rows
-    ) -> list[SampledLogprobs | None] | None:
+    def _logprobs(self, logits: Tensor, tokens: Tensor, slots: Rows) -> list[SampledLogprobs | None] | None:
         wanted = self._num_logprobs[slots]
         rows = np.flatnonzero(wanted >= 0)
         if not len(rows):
@@ -262,20 +256,14 @@ class History:
         if slot in self._row:
             self._free.append(self._row.pop(slot))
 
-    def begin(
-        self, slot: int, penalties: tuple[float, float, float], prompt: Tensor, output: Tensor
-    ) -> None:
+    def begin(self, slot: int, penalties: tuple[float, float, float], prompt: Tensor, output: Tensor) -> None:
         """penalties: repetition, frequency, presence. prompt, output: columns int64 [any], repeats
         count."""
         if not self._free:
             had = len(self.counts)
             more = max(1, had)
-            self.counts = torch.cat(
-                (self.counts, self.counts.new_empty(more, self.counts.shape[1]))
-            )
-            self.prompt = torch.cat(
-                (self.prompt, self.prompt.new_empty(more, self.prompt.shape[1]))
-            )
+            self.counts = torch.cat((self.counts, self.counts.new_empty(more, self.counts.shape[1])))
+            self.prompt = torch.cat((self.prompt, self.prompt.new_empty(more, self.prompt.shape[1])))
             self._free.extend(range(had, had + more))
         row = self._row[slot] = self._free.pop()
         self._penalties[slot] = penalties
@@ -293,9 +281,7 @@ class History:
     def penalise(self, logits: Tensor, slots: Rows) -> Tensor:
         rows = self._rows(slots)
         settings = torch.tensor([self._penalties[s] for s in slots.tolist()], device=logits.device)
-        return sampling.penalise(
-            logits, self.counts[rows], self.prompt[rows], *settings.T[..., None]
-        )
+        return sampling.penalise(logits, self.counts[rows], self.prompt[rows], *settings.T[..., None])
 
     def append(self, slots: Rows, columns: Tensor) -> None:
         """One sampled token per slot; columns of other ranks' tokens lie outside of 0 .. width -
