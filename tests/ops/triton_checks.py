@@ -186,7 +186,7 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "attention: split": (check_attention, {"lengths": (600, 3), "rows_each": (1, 1), "group": 1}),
     "attention: split, window": (
         check_attention,
-        {"lengths": (600, 3), "rows_each": (2, 1), "window": 100},
+        {"lengths": (600, 3), "rows_each": (2, 1), "window": 300},
     ),
 }
 

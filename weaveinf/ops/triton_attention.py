@@ -211,7 +211,10 @@ def paged_attention(
         if rows > 4 * seqs:
             block_m = max(block_m, 128 if rows > 64 * seqs else 64)
     tiles = rows // (block_m // group) + seqs
-    splits = _splits(tiles * kv_heads, block_table.shape[1] * page_size // (4 * block_n))
+    reach = block_table.shape[1] * page_size
+    if sliding_window is not None:
+        reach = min(reach, sliding_window + block_m // group)
+    splits = _splits(tiles * kv_heads, reach // (4 * block_n))
     if splits == 1:
         parts = out.unsqueeze(0)
         lse = out
@@ -268,7 +271,7 @@ def paged_attention(
 
 def _splits(programs: int, longest: int) -> int:
     """How many programs share the keys of one tile: a power of two that fills the device, at most
-    `longest` (so that each has several key tiles when the context is as long as the table allows)."""
+    `longest` (so that each has several key tiles when the context is as long as it can be)."""
     splits = 1
     while splits * 2 <= min(longest, _MAX_SPLITS) and programs * splits * 2 <= _FILL:
         splits *= 2

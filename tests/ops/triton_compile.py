@@ -1,0 +1,84 @@
+"""Compiles what the Triton functions would launch on a Hopper GPU, on a machine without one.
+
+    python -m tests.ops.triton_compile
+
+calls them with tensors of realistic shapes; every launch becomes a compilation down to the cubin for
+compute capability 9.0, with the specialisation that the launch would have. Nothing is run, so the kernels
+are known to compile, and no more. Prints one line a kernel: name, dtype, grid, bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from weaveinf.ops import triton_attention, triton_elementwise
+
+
+class Hopper:
+    """As much of a Triton driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_instead_of_launching() -> None:
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        made = run(self, *args, grid=grid, warmup=True, **kwargs)
+        print(self.__name__, args[0].dtype if hasattr(args[0], "dtype") else "", grid, end=" ")
+        print(len(made.asm["cubin"]))
+
+    triton.runtime.driver.set_active(Hopper())
+    JITFunction.run = compile_only
+
+
+def attention(dtype: torch.dtype, rows: int, seqs: int, window: int | None) -> None:
+    """As rank 0 of 4 of Llama-3-70B would call it: 16 query heads, 2 KV heads of 128."""
+    pools = torch.zeros(2, 4, 16, 2, 128, dtype=dtype)
+    triton_attention.paged_attention(
+        torch.zeros(rows, 20, 128, dtype=dtype)[:, :16],
+        pools[0],
+        pools[1],
+        torch.zeros(seqs, 512, dtype=torch.int32),
+        torch.zeros(seqs + 1, dtype=torch.int32),
+        torch.zeros(rows, dtype=torch.int32),
+        128**-0.5,
+        window,
+    )
+
+
+def elementwise(dtype: torch.dtype) -> None:
+    hidden = torch.zeros(6, 8, 8192, dtype=dtype)
+    weight = hidden[0, 0]
+    triton_elementwise.rms_norm(hidden[0], weight, 1e-5)
+    qkv = torch.zeros(8, 20, 128, dtype=dtype)
+    triton_elementwise.rms_norm(qkv[:, :16], weight[:128], 1e-6)
+    for ranks in (1, 4):
+        partials = list(hidden[:ranks])
+        triton_elementwise.add_rms_norm(partials, hidden[4], weight, 1e-5, 0.0, 1.0, hidden[5])
+    positions = torch.zeros(8, dtype=torch.int32)
+    triton_elementwise.rope_(qkv[:, :16], torch.zeros(64, 128), positions)
+    pools = torch.zeros(2, 4, 16, 2, 128, dtype=dtype)
+    triton_elementwise.write_kv(qkv[:, 16:18], qkv[:, 18:], pools[0], pools[1], positions)
+    triton_elementwise.silu_mul(torch.zeros(8, 2 * 7168, dtype=dtype))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    compile_instead_of_launching()
+    for rows, seqs, window in ((1000, 2, None), (1000, 2, 4096), (48, 8, None), (8, 8, 4096)):
+        attention(torch.bfloat16, rows, seqs, window)
+    attention(torch.float32, 8, 8, None)
+    elementwise(torch.bfloat16)
