@@ -15,4 +15,8 @@ def silu_mul_reference(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up of gate_up [rows, 2*I] (gate first) -> [rows, I]; float32 inside, rounded once."""
+    if gate_up.is_cuda:
+        from weaveinf.ops import triton_elementwise
+
+        return triton_elementwise.silu_mul(gate_up, out)
     return silu_mul_reference(gate_up, out)

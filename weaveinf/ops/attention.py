@@ -60,6 +60,12 @@ def paged_attention(
     (positions: int32 [rows]) reads the keys at max(0, p - sliding_window + 1) to p. The rows of a sequence
     ascend in position but need not be consecutive. Query head h reads KV head h // (Hq // Hkv).
     """
+    if q.is_cuda:
+        from weaveinf.ops import triton_attention
+
+        return triton_attention.paged_attention(
+            q, key_pool, value_pool, block_table, cu_seqlens_q, positions, scale, sliding_window, out
+        )
     return paged_attention_reference(
         q, key_pool, value_pool, block_table, cu_seqlens_q, positions, scale, sliding_window, out
     )

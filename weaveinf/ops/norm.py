@@ -34,13 +34,15 @@ def add_rms_norm_reference(
     return rms_norm_reference(residual, weight, eps, offset, out)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, out: Tensor | None = None
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, out: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dim; float32 inside, rounded once.
 
     x: [..., D] with any strides but a contiguous last dim; weight: [D]; out: like x (may be x itself).
     """
+    if x.is_cuda:
+        from weaveinf.ops import triton_elementwise
+
+        return triton_elementwise.rms_norm(x, weight, eps, offset, out)
     return rms_norm_reference(x, weight, eps, offset, out)
 
 
@@ -58,4 +60,8 @@ def add_rms_norm(
     partials: [R, D] each, summed in float32 in the order given; residual: [R, D], updated in place;
     the norm reads the rounded residual. Returns out [R, D].
     """
+    if residual.is_cuda:
+        from weaveinf.ops import triton_elementwise
+
+        return triton_elementwise.add_rms_norm(partials, residual, weight, eps, offset, scale, out)
     return add_rms_norm_reference(partials, residual, weight, eps, offset, scale, out)

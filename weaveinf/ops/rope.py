@@ -33,14 +33,20 @@ def rope_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     x: [rows, heads, head_dim], last dim contiguous; cos_sin: float32 [max_pos, rot_dim], first half
     cosines, second half sines; positions: int32 [rows].
     """
+    if x.is_cuda:
+        from weaveinf.ops import triton_elementwise
+
+        return triton_elementwise.rope_(x, cos_sin, positions)
     return rope_reference_(x, cos_sin, positions)
 
 
-def write_kv(
-    k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor
-) -> None:
+def write_kv(k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor) -> None:
     """Stores row i of k and v [rows, Hkv, D] at token slot slot_mapping[i] (int32); -1 is skipped.
 
     Pools: [num_pages, page_size, Hkv, D], contiguous; slot = page * page_size + offset in the page.
     """
-    write_kv_reference(k, v, key_pool, value_pool, slot_mapping)
+    if k.is_cuda:
+        from weaveinf.ops import triton_elementwise
+
+        return triton_elementwise.write_kv(k, v, key_pool, value_pool, slot_mapping)
+    return write_kv_reference(k, v, key_pool, value_pool, slot_mapping)
