@@ -43,6 +43,7 @@ def test_the_families_are_found_by_their_files() -> None:
         ({"hidden_size": "absent"}, "hidden_size=None"),
         ({"hidden_size": 48.0}, "hidden_size=48.0, expected an integer"),
         ({"num_hidden_layers": 0}, "at least 1"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000, expected at most 1000"),
         ({"vocab_size": True}, "vocab_size=True"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf"),
         ({"rms_norm_eps": "1e-5"}, "expected a number"),

@@ -208,8 +208,20 @@ class Fields:
             raise self.refuse(key, "a token id or a list of them")
         return tuple(i for i in ids if i >= 0)
 
-    def windows(self, layers: int, window: int | None, slides: Sequence[bool]) -> tuple[int | None, ...]:
-        """Each layer's window: `window` where `slides`, unless `layer_types` says otherwise."""
+    @property
+    def layers(self) -> int:
+        """`num_hidden_layers`; bounded, as much is built per layer before any file is looked at."""
+        layers = self.integer("num_hidden_layers")
+        if layers > 1000:
+            raise self.refuse("num_hidden_layers", "at most 1000")
+        return layers
+
+    def windows(self, window: int | None, slides: Sequence[bool] = ()) -> tuple[int | None, ...]:
+        """Each layer's window: `window` where `slides` (empty: everywhere).
+
+        `layer_types`, where a config has it, is the last word on which layers slide.
+        """
+        layers = self.layers
         types = self.raw.get("layer_types")
         if window is None:
             return (None,) * layers
@@ -220,14 +232,13 @@ class Fields:
             if unknown:
                 raise ValueError(f"{self.where}: layer_types has {unknown[0]!r}, which is unknown")
             slides = [t == "sliding_attention" for t in types]
-        return tuple(window if slide else None for slide in slides)
+        return tuple(window if slide else None for slide in slides or (True,) * layers)
 
     def qwen_windows(self, first: int) -> tuple[int | None, ...]:
         """Qwen's rule: none without `use_sliding_window`, and then only from layer `first` on."""
-        layers = self.integer("num_hidden_layers")
         used = self.flag("use_sliding_window") and self.raw.get("sliding_window", 4096) is not None
         window = self.integer("sliding_window", 4096) if used else None
-        return self.windows(layers, window, [i >= first for i in range(layers)])
+        return self.windows(window, [i >= first for i in range(self.layers)])
 
     def decoder(
         self,
@@ -242,7 +253,7 @@ class Fields:
         activation = self.raw.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise self.refuse("hidden_act", "'silu', the only supported activation")
-        layers, hidden = self.integer("num_hidden_layers"), self.integer("hidden_size")
+        layers, hidden = self.layers, self.integer("hidden_size")
         heads = self.integer("num_attention_heads")
         kv_heads = self.integer("num_key_value_heads", kv_heads or heads)
         if heads % kv_heads:

@@ -35,7 +35,8 @@ Block = Callable[[Tensor | None, Batch, Tensor], Kept | Generator[Tensor, Tensor
 class Scratch:
     """Memory that a block needs only while it runs, shared by all blocks of a model.
 
-    Layers repeat the same shapes, so what was made for the previous block serves the next.
+    Layers repeat the same shapes, so what was made for the previous block serves the next. A block
+    that votes must not count on it across the vote: another half's blocks may run meanwhile.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,6 @@ from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
-    layers = fields.integer("num_hidden_layers")
     # Absent means 4096, null means none.
     unlimited = fields.raw.get("sliding_window", 4096) is None
     window = None if unlimited else fields.integer("sliding_window", 4096)
@@ -22,7 +21,7 @@ def configure(fields: Fields) -> ModelConfig:
         architecture="MistralForCausalLM",
         max_position_embeddings=131072,
         kv_heads=8,
-        windows=fields.windows(layers, window, [True] * layers),
+        windows=fields.windows(window),
     )
 
 

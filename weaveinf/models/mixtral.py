@@ -14,7 +14,6 @@ from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
-    layers = fields.integer("num_hidden_layers")
     unlimited = fields.raw.get("sliding_window") is None
     window = None if unlimited else fields.integer("sliding_window")
     experts = Experts(
@@ -22,7 +21,7 @@ def configure(fields: Fields) -> ModelConfig:
         top_k=fields.integer("num_experts_per_tok", 2),
         intermediate_size=fields.integer("intermediate_size"),
         renormalize=True,
-        layers=(True,) * layers,
+        layers=(True,) * fields.layers,
     )
     return fields.decoder(
         architecture="MixtralForCausalLM",
@@ -30,7 +29,7 @@ def configure(fields: Fields) -> ModelConfig:
         rope_theta=1e6,
         max_position_embeddings=131072,
         kv_heads=8,
-        windows=fields.windows(layers, window, [True] * layers),
+        windows=fields.windows(window),
         experts=experts,
     )
 

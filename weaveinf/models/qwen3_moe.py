@@ -14,7 +14,6 @@ from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
-    layers = fields.integer("num_hidden_layers")
     attention_bias = fields.flag("attention_bias")
     step, dense = fields.integer("decoder_sparse_step", 1), fields.raw.get("mlp_only_layers") or []
     if not isinstance(dense, list):
@@ -24,7 +23,7 @@ def configure(fields: Fields) -> ModelConfig:
         top_k=fields.integer("num_experts_per_tok", 8),
         intermediate_size=fields.integer("moe_intermediate_size", 768),
         renormalize=fields.flag("norm_topk_prob"),
-        layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(layers)),
+        layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(fields.layers)),
     )
     return fields.decoder(
         architecture="Qwen3MoeForCausalLM",
