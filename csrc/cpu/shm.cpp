@@ -34,6 +34,7 @@ struct alignas(128) Line {
   std::atomic<uint64_t> value;
   std::atomic<uint64_t> tags[2];  // what this rank believes even and odd meetings to be about
   std::atomic<uint32_t> sleepers;
+  std::atomic<uint32_t> blamed;  // 1 + the rank whose death made this rank give up; 0: none
 };
 static_assert(sizeof(Line) == 128, "Python lays the segment out");
 
@@ -64,6 +65,7 @@ extern "C" {
 // Fields are filled and read by comm/segment.py; keep both in step.
 struct Group {
   Line* lines;
+  Line* blame;  // the lines whose `blamed` counts: the same for all groups of these ranks
   int64_t deadline_ns;  // how long a living peer may be silent
   uint64_t epoch;
   int32_t rank, size, fd, broken;
@@ -87,6 +89,13 @@ int first_dead(const Group* g) {
   for (int r = 0; r < g->size; ++r)
     if (r != g->rank && !lives(g, r)) return r;
   return -1;
+}
+
+// A rank that left because of another's death is not the one to name.
+int culprit(Group* g, int dead) {
+  if (const uint32_t named = g->blame[dead].blamed.load()) dead = int(named) - 1;
+  g->blame[g->rank].blamed.store(uint32_t(dead) + 1);
+  return dead;
 }
 
 void publish(Line& line, uint64_t value) {
@@ -119,7 +128,7 @@ int await(Group* g, int rank, uint64_t value, int64_t patience_ns) {
     if (there()) return 0;
     const int dead = first_dead(g);
     if (there()) return 0;
-    if (dead >= 0) return problem(kDied, dead);
+    if (dead >= 0) return problem(kDied, culprit(g, dead));
     if (left <= 0) return problem(kSilent, rank);
   }
 }
@@ -154,9 +163,9 @@ int meet(Group* g, uint64_t tag) {
 
 extern "C" {
 
-int weaveinf_look(const Group* g) {
+int weaveinf_look(Group* g) {
   const int dead = first_dead(g);
-  return dead < 0 ? 0 : problem(kDied, dead);
+  return dead < 0 ? 0 : problem(kDied, culprit(g, dead));
 }
 
 int weaveinf_meet(Group* g, uint64_t tag) { return meet(g, tag); }
@@ -216,7 +225,7 @@ int weaveinf_channel_send(Channel* c, const int64_t* data, int64_t n) {
     }
     publish(g->lines[0], c->at);
   }
-  if (int dead = g->size > 1 ? first_dead(g) : -1; dead > 0) return g->broken = problem(kDied, dead);
+  if (int dead = g->size > 1 ? first_dead(g) : -1; dead > 0) return g->broken = problem(kDied, culprit(g, dead));
   return 0;
 }
 

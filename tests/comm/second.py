@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from unittest import mock
 
@@ -28,7 +28,8 @@ def second_ranks(ranks: Ranks, port: int | None, library: bool = False) -> Itera
         yield ranks
         return
     store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=60))
-    with mock.patch.object(segment, "lib", segment.lib if library else None):
+    without = {} if library else {"lib": None, "reason": "no library"}
+    with mock.patch.multiple(segment, **without) if without else nullcontext():
         group = Ranks.join(ranks.rank, ranks.size, store, ranks.device, silence_s=60.0)
         try:
             yield group

@@ -50,12 +50,14 @@ def test_one_rank_gets_its_own() -> None:
     assert torch.equal(Ranks.single(torch.device("cpu")).votes.sum(t), t)
 
 
-def unequal(ranks: Ranks) -> None:
-    with pytest.raises(RuntimeError, match="the ranks' steps differ"):
-        ranks.votes.sum(torch.zeros(3 + ranks.rank))
-    raise KeyError("so that the pool is made anew")
+def unequal(ranks: Ranks, port: int) -> None:
+    with (
+        second_ranks(ranks, port, library=True) as group,
+        pytest.raises(RuntimeError, match="the ranks' steps differ"),
+    ):
+        group.votes.sum(torch.zeros(3 + ranks.rank))
 
 
 def test_ranks_that_vote_on_different_things_are_told() -> None:
-    with pytest.raises(KeyError):
-        pool(2).run(unequal)
+    with store_port() as port:
+        pool(2).run(unequal, port)

@@ -46,6 +46,7 @@ class Group(ctypes.Structure):
 
     _fields_ = [
         ("lines", _P),
+        ("blame", _P),
         ("deadline_ns", _I64),
         ("epoch", _U64),
         ("rank", _I32),
@@ -152,10 +153,14 @@ class Segment:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
 
-    def group(self, offset: int, size: int, silence_s: float) -> Group:
-        """The counter lines at `offset`, met by ranks 0 to size-1 of this segment."""
+    def group(self, offset: int, size: int, silence_s: float, blame: int | None = None) -> Group:
+        """The counter lines at `offset`, met by ranks 0 to size-1 of this segment.
+
+        `blame`: address of the lines where these ranks say whose death they saw; at offset 0 by default.
+        """
         return Group(
             lines=self.address + offset,
+            blame=blame or self.address,
             deadline_ns=int(silence_s * 1e9),
             rank=self.rank,
             size=size,

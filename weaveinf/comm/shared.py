@@ -77,7 +77,7 @@ class SharedSeam:
         self._own = torch.zeros(2, few, hidden, dtype=dtype)
         self._scratch = torch.empty(threads + 1, hidden)
         self._state = _State(
-            group=seg.group(0, size, ranks.silence_s),
+            group=seg.group(0, size, ranks.silence_s, ranks.segment.address if ranks.segment else None),
             partials=seg.address + at[0],
             few_partials=seg.address + at[1],
             residuals=seg.address + at[2],
