@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from weaveinf.ops import sampling
+from weaveinf.ops import logprobs, sampling
 from weaveinf.ops.sampling import Limits, Shard
 
 
@@ -335,10 +335,10 @@ def test_logprobs_are_those_of_log_softmax(ranks, n):
     logits[0, 10:] = -1000.0  # fewer real candidates than asked for
     targets = torch.randint(0, vocab, (rows,))
     votings = [
-        shard.gather(sampling.logprob_parts(p, targets, n, shard))
+        shard.gather(logprobs.logprob_parts(p, targets, n, shard))
         for p, shard in zip(pieces(logits, ranks), shards(vocab, ranks), strict=True)
     ]
-    chosen, ids, values = sampling.join_logprobs(same(lockstep(votings)[0]), n)
+    chosen, ids, values = logprobs.join_logprobs(same(lockstep(votings)[0]), n)
     expected = logits.double().log_softmax(1)
     best = logits.sort(dim=1, descending=True, stable=True).indices[:, :n]
     torch.testing.assert_close(chosen, expected.gather(1, targets[:, None])[:, 0].float())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weaveinf.engine.step import Admission, SampledLogprobs, Step, StepOutput
-from weaveinf.ops import sampling
+from weaveinf.ops import logprobs, sampling
 from weaveinf.ops.sampling import Limits, Shard, T, Voting
 
 GREEDY_BELOW = 1e-5
@@ -219,8 +219,8 @@ class Sampler:
         return out
 
     def _score(self, logits: Tensor, targets: Tensor, n: int) -> list[SampledLogprobs]:
-        parts = sampling.logprob_parts(logits, targets, n, self.shard)
-        joined = sampling.join_logprobs(self._vote(self.shard.gather(parts)), n)
+        parts = logprobs.logprob_parts(logits, targets, n, self.shard)
+        joined = logprobs.join_logprobs(self._vote(self.shard.gather(parts)), n)
         return [SampledLogprobs(*row) for row in zip(*(t.tolist() for t in joined), strict=True)]
 
     def _vote(self, voting: Voting[T]) -> T:
