@@ -1,0 +1,112 @@
+"""The command line's surface is frozen: an option is added here on purpose, or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models.harness import make_checkpoint
+from weaveinf.cli import main, parser
+
+ENGINE = {
+    "MODEL",
+    "--tp",
+    "--device",
+    "--dtype",
+    "--weave",
+    "--selector",
+    "--max-model-len",
+    "--seed",
+    "--revision",
+    "--kv-cache-gib",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+}
+SAMPLING = {"--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--stop"}
+SURFACE = {
+    "demo": {"-p", "--prompt", "--tp"},
+    "generate": ENGINE | SAMPLING | {"-p", "--prompt", "-f", "--file", "--n", "--json"},
+    "chat": ENGINE | SAMPLING | {"--system"},
+    "bench latency": ENGINE
+    | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--json"},
+    "bench throughput": ENGINE
+    | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--json"},
+    "doctor": {"--tp", "--json"},
+}
+
+
+def surface(top: argparse.ArgumentParser, prefix: str = "") -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    options: set[str] = set()
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                found |= surface(command, f"{prefix} {name}".strip())
+        elif action.dest not in ("help", "version"):
+            options |= set(action.option_strings) or {str(action.metavar)}
+    if options:
+        found[prefix] = options
+    return found
+
+
+def test_the_surface_is_frozen() -> None:
+    assert surface(parser()) == SURFACE
+
+
+def weaveinf(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "weaveinf", *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "remedy"),
+    [
+        (["generate", "no/such/model", "-p", "x"], "no/such/model"),
+        (["generate", "."], "no prompt: give -p TEXT or -f FILE"),
+        (["generate", ".", "-p", "x"], "config.json does not exist"),
+        (["generate", ".", "-p", "x", "--top-p", "2"], "top_p must be"),
+        (["generate", ".", "-p", "x", "--dtype", "int3"], "dtype='int3' is not one of"),
+        (["generate", ".", "-p", "x", "--tp", "0"], "tensor_parallel_size=0"),
+        (["generate", ".", "-p", "x", "--weave", "on"], "weave='on' is not possible"),
+        (["generate", ".", "-f", "no-such-file"], "no-such-file"),
+        (["bench", "latency", ".", "--batch", "0"], "--batch must be at least 1"),
+        (["generate", ".", "--promt", "x"], "unrecognized arguments: --promt"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    args: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert remedy in said.err and len(said.err.strip().splitlines()) == 1
+    assert said.out == ""
+
+
+def test_bench_latency_writes_what_it_measured(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", "llama")
+    file = tmp_path / "result.json"
+    args = ["--batch", "3", "--prompt-tokens", "20", "--decode-tokens", "4", "--repeats", "2"]
+    done = weaveinf("bench", "latency", str(tmp_path / "model"), *args, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert (result["batch"], result["prompt_tokens"], result["seam"]) == (3, 20, "local")
+    # A prefill and four decode steps, twice; the warm-up does not count.
+    assert (result["steps_woven"], result["steps_fused"], result["steps_plain"]) == (0, 0, 10)
+    for name in ("prefill_ms", "decode_ms", "machine_gb_per_s", "machine_gflops"):
+        assert result[name] > 0
+    assert "GB/s" in done.stdout and "GFLOP/s" in done.stdout and "tokens/s" in done.stdout
+
+
+def test_doctor_names_the_kernels_and_the_seam() -> None:
+    done = weaveinf("doctor", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert rows["kernels"] and rows["seam of 2 ranks"]
