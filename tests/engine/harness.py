@@ -41,9 +41,7 @@ class PoolExecutor:
 END = torch.empty(0, dtype=torch.int64).numpy()
 
 
-def with_engines(
-    ranks: Ranks, config: EngineConfig, use: Callable[..., Any], *args: Any
-) -> Any:
+def with_engines(ranks: Ranks, config: EngineConfig, use: Callable[..., Any], *args: Any) -> Any:
     """On rank 0 `use(fresh, *args)`, where `fresh(pages=..., **settings)` makes an engine of its own
     over the same loaded ranks; the other ranks follow."""
     worker = Worker(config, ranks)
@@ -99,6 +97,8 @@ def near_ties(model: Any, prompt: Sequence[int], outputs: Sequence[int]) -> int:
             continue
         gap = float(row.max() - row[token])
         spread = float(row.max() - row.min())
-        assert gap < 1e-4 * spread, f"output {at}: token {token} is {gap:.3g} below the best, spread {spread:.3g}"
+        assert gap < 1e-4 * spread, (
+            f"output {at}: token {token} is {gap:.3g} below the best, spread {spread:.3g}"
+        )
         ties += 1
     return ties

@@ -60,9 +60,13 @@ class Serving(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.reported: dict[int, list[int]] = {}
 
-    @rule(prompt=prompts, params=params_strategy, salt=st.sampled_from([b"", b"", b"", b"s"]))
-    def add(self, prompt: list[int], params: SamplingParams, salt: bytes) -> None:
-        shape = b"sparse" if salt else b""
+    @rule(
+        prompt=prompts,
+        params=params_strategy,
+        salt=st.sampled_from([b"", b"", b"", b"s"]),
+        shape=st.sampled_from([b"", b"", b"", b"s"]),
+    )
+    def add(self, prompt: list[int], params: SamplingParams, salt: bytes, shape: bytes) -> None:
         first = len(self.requests)
         for request in make_requests(first, prompt, params, VOCAB, 7, salt, shape):
             limit = min(
@@ -92,6 +96,7 @@ class Serving(RuleBasedStateMachine):
         running = {r.slot: r for r in self.requests if r.status == "running"}
         for slot, start, count in zip(slots, step.num_computed, step.num_query, strict=True):
             prompt = len(running[slot].prompt_token_ids)
+            assert start + count < running[slot].limit  # nothing is computed past the end
             for cut in (start, start + count):
                 assert cut >= prompt or cut % self.row_align == 0
         if before:  # the oldest is never preempted, and never waits for pages
