@@ -272,9 +272,9 @@ struct Seam {
   int32_t turn;     // which of few_partials is next
   int32_t fresh;    // the residual is zero and lies nowhere yet
   int32_t shared;   // where the residual lies: the segment, or every rank's own memory
-  int32_t waiting;  // the closing meeting of start() is still to be waited for
 };
 
+// 0, or -1: weaveinf_seam_finish must be called before x is read and partials are written.
 int weaveinf_seam_start(Seam* s, const int64_t* kept, int64_t n, const void* weight, int weight_bf16,
                         float eps, float offset, float scale) {
   Group* g = &s->group;
@@ -317,14 +317,11 @@ int weaveinf_seam_start(Seam* s, const int64_t* kept, int64_t n, const void* wei
   s->rows = n, s->shared = many, s->side = next_side, s->fresh = 0;
   if (!was_many) s->turn = 1 - s->turn;
   // Where few rows were read from the buffers of many, those must not be written before all have read.
-  if ((s->waiting = was_many)) arrive(g, uint64_t(n));
-  return 0;
+  if (!was_many) return 0;
+  arrive(g, uint64_t(n));
+  return -1;
 }
 
-int weaveinf_seam_finish(Seam* s) {
-  if (!s->waiting) return s->group.broken;
-  s->waiting = 0;
-  return await_all(&s->group);
-}
+int weaveinf_seam_finish(Seam* s) { return await_all(&s->group); }
 
 }  // extern "C"
