@@ -235,7 +235,7 @@ class Scheduler:
         self._slots.append(request.slot)
         request.blocks = []
         request.slot = -1
-        request.num_computed = request.num_published = 0
+        request.num_computed = 0
 
     def _admit(self, chunks: list[_Run], spare: int) -> list[Admission]:
         """Starts waiting requests, in order, as long as there are slots, budget and pages.
@@ -247,6 +247,8 @@ class Scheduler:
         size = self.blocks.block_size
         fresh = {h for run in chunks for h in self._prefixes.fills(run.request, run.end)}
         while self._waiting and self._slots and spare > 0:
+            if self.blocks.num_free <= len(self._running):  # spares the search for hits
+                break
             request = self._waiting[0]
             if request.in_flight:  # preempted: its last tokens must arrive before it starts over
                 break

@@ -27,6 +27,7 @@ PER_SEQUENCE = (
     "output_position",
     "by_reference",
 )
+_LOWEST = np.array([[0], [0], [1], [0], [0], [0], [0], [-1], [0]], np.int32)
 _INTEGERS = ("slot", "seed", "top_k", "min_tokens", "logprobs", "prompt_logprobs")
 _FLOATS = (
     "temperature",
@@ -165,7 +166,7 @@ class Step:
         if not np.array_equal(table, wide):
             raise ValueError("a packed step holds a number beyond 32 bits")
         rows: dict[str, Any] = dict(zip(PER_SEQUENCE, table, strict=True))
-        _check(rows, tokens, targets)
+        _check(table, tokens, targets)
         rows["by_reference"] = rows["by_reference"].astype(np.bool_)
         step = cls(
             number=number,
@@ -217,23 +218,19 @@ class _Reader:
         return self.words[self.at - count : self.at]
 
 
-def _check(rows: dict[str, Any], tokens: int, targets: int) -> None:
+def _check(table: Int32s, tokens: int, targets: int) -> None:
+    rows = dict(zip(PER_SEQUENCE, table, strict=True))
     query, logits, wanted = rows["num_query"], rows["num_logits"], rows["num_targets"]
-    by_reference = rows["by_reference"] == 1
-    sampled = rows["output_position"] >= 0
+    by_reference = rows["by_reference"].astype(np.bool_)
     sound = (
-        (rows["state_slot"] >= 0).all()
-        and (rows["num_computed"] >= 0).all()
-        and (rows["num_new_pages"] >= 0).all()
-        and (query >= 1).all()
-        and ((logits == 0) | (logits == 1) | (logits == query)).all()
-        and (logits >= sampled).all()
-        and ((wanted == 0) | ((wanted == query) & (logits == query))).all()
-        and (rows["by_reference"][~by_reference] == 0).all()
-        and (query[by_reference] == 1).all()
+        (table >= _LOWEST)
+        & ((logits == 0) | (logits == 1) | (logits == query))
+        & (logits >= (rows["output_position"] >= 0))
+        & ((wanted == 0) | ((wanted == query) & (logits == query)))
+        & (~by_reference | (query == 1) & (rows["by_reference"] == 1))
     )
     by_value = int(query[~by_reference].sum(dtype=np.int64))
-    if not sound or by_value != tokens or int(wanted.sum(dtype=np.int64)) != targets:
+    if not sound.all() or by_value != tokens or int(wanted.sum(dtype=np.int64)) != targets:
         raise ValueError("a packed step contradicts itself")
 
 
@@ -253,9 +250,7 @@ def _unpack_admission(reader: _Reader) -> Admission:
     fixed: dict[str, Any] = dict(zip(_INTEGERS, integers, strict=False))
     fixed |= zip(_FLOATS, words[-len(_FLOATS) :].view(np.float64).tolist(), strict=True)
     lengths = integers[len(_INTEGERS) :]
-    arrays: dict[str, Any] = {
-        name: reader.take(n) for name, n in zip(_ARRAYS, lengths, strict=True)
-    }
+    arrays: dict[str, Any] = {name: reader.take(n) for name, n in zip(_ARRAYS, lengths, strict=True)}
     if len(arrays["bias_ids"]) != len(arrays["bias_values"]) or fixed["slot"] < 0:
         raise ValueError("a packed step contradicts itself")
     arrays["bias_values"] = arrays["bias_values"].view(np.float64)
