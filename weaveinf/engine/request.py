@@ -124,9 +124,7 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 put(name, _integer(name, getattr(self, name), low, high))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
-            )
+            raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if self.logit_bias is not None:
             put("logit_bias", _logit_bias(self.logit_bias))
 
@@ -284,10 +282,7 @@ def make_requests(
             if token >= vocab_size:
                 raise ValueError(f"{name} holds {token}, the vocabulary ends at {vocab_size - 1}")
     seed = fallback_seed if params.seed is None else params.seed
-    return [
-        Request(first_id + i, prompt, params, mix_seed(seed, i), i, salt, shape)
-        for i in range(params.n)
-    ]
+    return [Request(first_id + i, prompt, params, mix_seed(seed, i), i, salt, shape) for i in range(params.n)]
 
 
 def _prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
