@@ -262,6 +262,7 @@ def main() -> None:
     engines = ["weaveinf", "transformers", "vllm"]
     parser.add_argument("--only", nargs="+", choices=engines, default=engines)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that run() ends what it started
     order = contenders(args.only)
     if not (args.model / "config.json").exists():
         write(args.model)
