@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from weaveinf.ops import native
+
+
+Product = Callable[[Tensor, Tensor | None, Tensor], None]
+"""(x [M, K], bias [N] or None, out [M, N] to be filled)."""
+
 
 class PackedWeight:
-    """A weight [n, k] in whatever layout this device multiplies fastest (made by `pack`)."""
+    """A weight [n, k] in the layout that this device multiplies fastest (made by `pack`)."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, product: Product) -> None:
         self.n, self.k = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
-        self.data = weight
+        self.product = product
 
 
 def linear_reference(
@@ -31,7 +40,65 @@ def linear_reference(
 
 def pack(weight: Tensor) -> PackedWeight:
     """Packs weight [N, K] for `linear`; the caller drops its own reference to save the memory."""
-    return PackedWeight(weight)
+    if weight.device.type == "cpu" and weight.dtype in native.DTYPES:
+        if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            # AVX-512 and AMX: oneDNN's kernels know them.
+            return PackedWeight(weight, _onednn(weight))
+        if native.lib is not None:
+            return PackedWeight(weight, _native(weight, native.lib))
+    return PackedWeight(weight, _torch(weight))
+
+
+def _native(weight: Tensor, lib: ctypes.CDLL) -> Product:
+    """csrc/cpu/gemm.cpp: panels of bfloat16 or float32, widened in registers."""
+    n, k = weight.shape
+    dtype = native.DTYPES[weight.dtype]
+    panels = torch.empty(lib.weave_packed_bytes(n, k, dtype), dtype=torch.uint8)
+    data, call, codes = panels.data_ptr(), lib.weave_linear, native.DTYPES
+    threads = torch.get_num_threads
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    lib.weave_pack(weight.data_ptr(), weight.stride(0), n, k, dtype, data, threads())
+
+    # `panels` as a default keeps the memory as long as the function.
+    def product(x: Tensor, bias: Tensor | None, out: Tensor, panels: Tensor = panels) -> None:
+        call(
+            data,
+            n,
+            k,
+            dtype,
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            codes[out.dtype],
+            threads(),
+        )
+
+    return product
+
+
+def _onednn(weight: Tensor) -> Product:
+    """oneDNN with the weight reordered once, for bfloat16 where the processor has instructions."""
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous().to_mkldnn(), None)
+
+    def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], ""))
+
+    return product
+
+
+def _torch(weight: Tensor) -> Product:
+    """torch's own product; float32 results from half-precision weights take a detour."""
+
+    def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if out.dtype == weight.dtype:
+            out.copy_(torch.nn.functional.linear(x, weight, bias))
+        else:
+            linear_reference(x, weight, bias, out)
+
+    return product
 
 
 def linear(
@@ -46,4 +113,8 @@ def linear(
     float32 accumulation, rounded once to the dtype of out (or out_dtype; x's when neither is given).
     x and out may have row strides larger than their widths. M may be 0.
     """
-    return linear_reference(x, w.data, bias, out, out_dtype)
+    if out is None:
+        out = torch.empty((x.shape[0], w.n), dtype=out_dtype or x.dtype, device=x.device)
+    if x.shape[0]:
+        w.product(x, bias, out)
+    return out

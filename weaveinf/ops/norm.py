@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from weaveinf.ops import native
 
 
 def rms_norm_reference(
@@ -43,7 +46,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, out: Te
         from weaveinf.ops import triton_elementwise
 
         return triton_elementwise.rms_norm(x, weight, eps, offset, out)
-    return rms_norm_reference(x, weight, eps, offset, out)
+    if native.lib is None or x.dtype not in native.DTYPES or x.dim() not in (2, 3):
+        return rms_norm_reference(x, weight, eps, offset, out)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype)
+    heads, dim = x.shape[-2] if x.dim() == 3 else 1, x.shape[-1]
+    native.lib.weave_rms_norm(
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(-2),
+        weight.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(-2),
+        x.shape[0],
+        heads,
+        dim,
+        eps,
+        offset,
+        native.DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def add_rms_norm(
@@ -58,10 +82,25 @@ def add_rms_norm(
     """The arithmetic of a seam: residual = round(residual + scale * sum(partials)); out = norm(residual).
 
     partials: [R, D] each, summed in float32 in the order given; residual: [R, D], updated in place;
-    the norm reads the rounded residual. Returns out [R, D].
+    the norm reads the rounded residual. Returns out [R, D]. All are contiguous.
     """
     if residual.is_cuda:
         from weaveinf.ops import triton_elementwise
 
         return triton_elementwise.add_rms_norm(partials, residual, weight, eps, offset, scale, out)
-    return add_rms_norm_reference(partials, residual, weight, eps, offset, scale, out)
+    if native.lib is None or residual.dtype not in native.DTYPES:
+        return add_rms_norm_reference(partials, residual, weight, eps, offset, scale, out)
+    native.lib.weave_add_rms_norm(
+        (ctypes.c_void_p * len(partials))(*[partial.data_ptr() for partial in partials]),
+        len(partials),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        *residual.shape,
+        eps,
+        offset,
+        scale,
+        native.DTYPES[residual.dtype],
+        torch.get_num_threads(),
+    )
+    return out

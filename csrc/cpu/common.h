@@ -1,0 +1,162 @@
+// What all kernels share: vectors of this build's width (GCC's vector extensions, which clang has too),
+// bfloat16 conversion, exp, and per-thread scratch memory. One source serves every instruction set; the
+// compiler flags of the build (setup.py) decide.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#include <arm_neon.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 64")
+
+namespace weave {
+
+using index_t = std::ptrdiff_t;
+using bf16 = uint16_t;
+
+#if defined(WEAVE_LANES)  // wider than the machine: tests the AVX-512 shapes anywhere
+constexpr int LANES = WEAVE_LANES;
+#elif defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+// Architectural vector registers: how large a tile of sums stays in registers.
+#if defined(__AVX512F__) || defined(__aarch64__) || defined(WEAVE_LANES)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+
+// Hardware dot products of bfloat16 pairs (two products added to each float32 lane).
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(WEAVE_DOT)
+constexpr bool HAS_DOT = true;
+#else
+constexpr bool HAS_DOT = false;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+enum Dtype : index_t { FLOAT32 = 0, BFLOAT16 = 1 };
+
+template <class V>
+INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+INLINE void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+INLINE vf splat(float x) { return vf{} + x; }
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Rounds to nearest even; a NaN stays one.
+INLINE void from_float(float x, float* out) { *out = x; }
+INLINE void from_float(float x, bf16* out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  *out = x != x ? 0x7fc0 : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE vf load_floats(const float* p) { return load<vf>(p); }
+INLINE vf load_floats(const bf16* p) {
+  return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16);
+}
+
+INLINE void store_floats(float* p, vf v) { store(p, v); }
+INLINE void store_floats(bf16* p, vf v) {
+  vu bits = (vu)v;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = v != v ? vu{} + 0x7fc0 : rounded;
+  store(p, __builtin_convertvector(rounded, vh));
+}
+
+// The even and the odd elements of 2 * LANES bfloat16 values: two integer operations, no shuffle.
+INLINE vf even(vu pairs) { return (vf)(pairs << 16); }
+INLINE vf odd(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+// exp within 2 units in the last place; exactly 0 below -87 (masked scores), NaN stays NaN.
+INLINE vf exp(vf x) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  vf clamped = x > 88.0f ? splat(88.0f) : x;
+  clamped = clamped < -87.0f ? splat(-87.0f) : clamped;
+  vf biased = clamped * 1.44269504f + shift;
+  vf n = biased - shift;
+  vf r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  vi exponent = ((vi)biased - 0x4b400000 + 127) << 23;
+  vf y = p * (vf)exponent;
+  return x < -87.0f ? vf{} : y;
+}
+
+INLINE float sum(vf v) {
+  float lanes[LANES], total = 0;
+  store(lanes, v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  total = lanes[0];
+  return total;
+}
+
+// Memory that a thread keeps for its next call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  template <class T>
+  T* get(index_t count) {
+    size_t bytes = (count * sizeof(T) + 4095) & ~size_t(4095);
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(4096, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+INLINE index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
+INLINE index_t round_up(index_t a, index_t b) { return ceil_div(a, b) * b; }
+
+// Part i of n of `count` things, as even as can be.
+INLINE index_t part(index_t count, index_t n, index_t i) { return count * i / n; }
+
+}  // namespace weave

@@ -1,0 +1,256 @@
+// y = x W^T + b with W packed once into panels of NR output columns.
+//
+// float32: [panel][k][NR]; bfloat16: [panel][k/2][NR][2] (pairs of k side by side, k padded to even with a
+// zero), which serves widening by shift and mask as well as the dot-product instructions.
+// Few rows (decode): one pass over the packed weights, widened in registers; memory speed is the limit.
+// Many rows (prefill): blocks that fit the caches, each panel widened once per block of rows.
+
+#include "tile.h"
+
+namespace weave {
+namespace {
+
+constexpr index_t KC = 384;        // values of k in a block: a panel's slice stays in the first-level cache
+constexpr index_t AS = KC + 16;    // row stride of a block of x; not a power of two, to spread over the sets
+constexpr index_t MC = 192;        // rows in a block: MC * KC floats stay in the second-level cache
+constexpr index_t NC = 1024;       // columns in a task, so that its float32 sums stay near
+constexpr index_t FEW_ROWS = 48;   // up to here the weights are read once and widened in registers
+
+thread_local Scratch rows_scratch, sums_scratch, panel_scratch;
+
+struct Weight {
+  const void* data;
+  index_t n, k;
+  template <class W>
+  index_t steps() const { return ceil_div(k, W::K); }
+  template <class W>
+  const typename W::B* panel(index_t p) const {
+    return static_cast<const typename W::B*>(data) + p * steps<W>() * NR;
+  }
+};
+
+struct Output {
+  void* data;
+  index_t stride, n;
+  const void* bias;
+  bool bias_half, half;
+};
+
+// One row of a tile: bias, rounding, and the columns that exist.
+template <class T>
+INLINE void write_row(const Output& out, index_t row, index_t column, const vf (&sums)[NV]) {
+  T* to = static_cast<T*>(out.data) + row * out.stride + column;
+  float values[NR];
+  UNROLL for (int v = 0; v < NV; ++v) store(values + v * LANES, sums[v]);
+  const index_t count = out.n - column < NR ? out.n - column : NR;
+  if (out.bias) {
+    for (index_t i = 0; i < count; ++i)
+      values[i] += out.bias_half ? to_float(static_cast<const bf16*>(out.bias)[column + i])
+                                 : static_cast<const float*>(out.bias)[column + i];
+  }
+  if (count == NR) {
+    UNROLL for (int v = 0; v < NV; ++v) store_floats(to + v * LANES, load<vf>(values + v * LANES));
+  } else {
+    for (index_t i = 0; i < count; ++i) from_float(values[i], to + i);
+  }
+}
+
+template <int M>
+INLINE void write_rows(const Output& out, index_t row, index_t column, const vf (&sums)[M][NV]) {
+  UNROLL for (int r = 0; r < M; ++r) {
+    if (out.half)
+      write_row<bf16>(out, row + r, column, sums[r]);
+    else
+      write_row<float>(out, row + r, column, sums[r]);
+  }
+}
+
+// Copies k0 to k0 + kc of `rows` rows of x into a block [rows][AS], as float32 or as bfloat16 pairs, a
+// missing last k of a pair as zero.
+template <class T>
+void copy_rows(const T* x, index_t ldx, index_t rows, index_t kc, float* to) {
+  for (index_t r = 0; r < rows; ++r, x += ldx, to += AS) {
+    index_t i = 0;
+    for (; i + LANES <= kc; i += LANES) store(to + i, load_floats(x + i));
+    for (; i < kc; ++i) to[i] = to_float(x[i]);
+    if (kc & 1) to[kc] = 0;
+  }
+}
+
+[[maybe_unused]] void copy_rows(const bf16* x, index_t ldx, index_t rows, index_t kc, uint32_t* to) {
+  for (index_t r = 0; r < rows; ++r, x += ldx, to += AS) {
+    if (kc & 1) to[kc / 2] = x[kc - 1];
+    __builtin_memcpy(to, x, size_t(kc & ~index_t(1)) * 2);
+  }
+}
+
+// Rows of a group, so that the groups of m rows are even.
+struct Groups {
+  index_t count, m;
+  explicit Groups(index_t rows) : count(ceil_div(rows, MR)), m(rows) {}
+  index_t start(index_t g) const { return part(m, count, g); }
+  int size(index_t g) const { return int(start(g + 1) - start(g)); }
+};
+
+// Few rows: panels one after another, each for all groups of rows while it is in the cache.
+template <class W, class T>
+void few_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output& out, index_t from,
+              index_t to) {
+  using A = typename W::A;
+  const index_t blocks = ceil_div(w.k, KC);
+  A* rows = rows_scratch.get<A>(blocks * m * AS);
+  for (index_t b = 0; b < blocks; ++b) {
+    index_t kc = w.k - b * KC < KC ? w.k - b * KC : KC;
+    copy_rows(x + b * KC, ldx, m, kc, rows + b * m * AS);
+  }
+  const Groups groups(m);
+  for (index_t p = from; p < to; ++p) {
+    for (index_t g = 0; g < groups.count; ++g) {
+      const index_t row = groups.start(g);
+      with_rows(groups.size(g), [&](auto size) {
+        constexpr int M = size;
+        vf sums[sets(M)][M][NV] = {};
+        const A* a = rows + row * AS;
+        const typename W::B* panel = w.panel<W>(p);
+        for (index_t k = 0; k < w.k; k += KC, a += m * AS, panel += KC / W::K * NR) {
+          index_t kc = w.k - k < KC ? w.k - k : KC;
+          multiply<W, M, sets(M)>(sums, a, AS, 1, panel, NR, ceil_div(kc, W::K));
+        }
+        fold<M, sets(M)>(sums);
+        write_rows<M>(out, row, p * NR, sums[0]);
+      });
+    }
+  }
+}
+
+// A panel's slice as the tile wants it: widened once for many rows, or as it lies.
+INLINE const float* prepare(const uint32_t* panel, index_t steps, float* to) {
+  for (index_t s = 0; s < steps; ++s) {
+    UNROLL for (int v = 0; v < NV; ++v) {
+      vu pairs = load<vu>(panel + s * NR + v * LANES);
+      store(to + 2 * s * NR + v * LANES, even(pairs));
+      store(to + (2 * s + 1) * NR + v * LANES, odd(pairs));
+    }
+  }
+  return to;
+}
+
+// Many rows: a block of rows times a chunk of panels, k in slices, float32 sums kept between the slices.
+// W: how the weights lie; I: what the inner tile reads.
+template <class W, class I, class T>
+void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output& block_out,
+               index_t from, index_t to) {
+  using A = typename I::A;
+  const index_t slices = ceil_div(w.k, KC);
+  const index_t kc_even = round_up(ceil_div(w.k, slices), 2);
+  const index_t width = (to - from) * NR;
+  A* rows = rows_scratch.get<A>(m * AS);
+  float* sums = sums_scratch.get<float>(m * width);
+  float* widened = panel_scratch.get<float>(KC * NR + NR);
+  const Groups groups(m);
+  for (index_t k = 0; k < w.k; k += kc_even) {
+    const index_t kc = w.k - k < kc_even ? w.k - k : kc_even;
+    const bool first = k == 0, last = k + kc == w.k;
+    copy_rows(x + k, ldx, m, kc, rows);
+    for (index_t p = from; p < to; ++p) {
+      const auto* slice = w.panel<W>(p) + k / W::K * NR;
+      const typename I::B* b;
+      if constexpr (std::is_same_v<W, I>)
+        b = slice;
+      else
+        b = prepare(slice, ceil_div(kc, W::K), widened);
+      const index_t steps = std::is_same_v<W, I> ? ceil_div(kc, W::K) : round_up(kc, W::K);
+      for (index_t g = 0; g < groups.count; ++g) {
+        const index_t row = groups.start(g);
+        with_rows(groups.size(g), [&](auto size) {
+          constexpr int M = size;
+          vf acc[1][M][NV];
+          float* kept = sums + row * width + (p - from) * NR;
+          UNROLL for (int r = 0; r < M; ++r) {
+            UNROLL for (int v = 0; v < NV; ++v)
+              acc[0][r][v] = first ? vf{} : load<vf>(kept + r * width + v * LANES);
+          }
+          multiply<I, M, 1>(acc, rows + row * AS, AS, 1, b, NR, steps);
+          if (last) {
+            write_rows<M>(block_out, row, p * NR, acc[0]);
+          } else {
+            UNROLL for (int r = 0; r < M; ++r) {
+              UNROLL for (int v = 0; v < NV; ++v)
+                store(kept + r * width + v * LANES, acc[0][r][v]);
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+// W: the panels' kind. Wide: what a tile of many rows reads (float32 after widening, or the same).
+template <class W, class Wide, class T>
+void multiply_all(const Weight& w, const T* x, index_t ldx, index_t m, const Output& out, int threads) {
+  const index_t panels = ceil_div(w.n, NR);
+  if (m <= FEW_ROWS) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (index_t t = 0; t < threads; ++t)
+      few_rows<W>(w, x, ldx, m, out, part(panels, threads, t), part(panels, threads, t + 1));
+    return;
+  }
+  const index_t row_blocks = ceil_div(m, MC);
+  index_t chunks = ceil_div(panels, NC / NR);
+  while (threads > 1 && row_blocks * chunks % threads && chunks < panels && chunks < 4 * threads)
+    ++chunks;
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (index_t i = 0; i < row_blocks; ++i) {
+    for (index_t c = 0; c < chunks; ++c) {
+      const index_t row = part(m, row_blocks, i);
+      Output block = out;
+      block.data = static_cast<char*>(out.data) + row * out.stride * (out.half ? 2 : 4);
+      many_rows<W, Wide>(w, x + row * ldx, ldx, part(m, row_blocks, i + 1) - row, block,
+                         part(panels, chunks, c), part(panels, chunks, c + 1));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace weave
+
+using namespace weave;
+
+extern "C" index_t weave_packed_bytes(index_t n, index_t k, index_t dtype) {
+  return round_up(n, NR) * (dtype == BFLOAT16 ? round_up(k, 2) * 2 : k * 4);
+}
+
+// weight [n, k] with row stride ld -> panels. Columns past n are zero.
+extern "C" void weave_pack(const void* weight, index_t ld, index_t n, index_t k, index_t dtype,
+                           void* packed, index_t threads) {
+  const index_t width = dtype == BFLOAT16 ? 2 : 1, steps = ceil_div(k, width);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (index_t p = 0; p < ceil_div(n, NR); ++p) {
+    for (index_t s = 0; s < steps; ++s) {
+      for (index_t c = 0; c < NR * width; ++c) {
+        const index_t row = p * NR + c / width, column = s * width + c % width;
+        const index_t to = (p * steps + s) * NR * width + c;
+        const bool exists = row < n && column < k;
+        if (dtype == BFLOAT16)
+          static_cast<bf16*>(packed)[to] = exists ? static_cast<const bf16*>(weight)[row * ld + column] : 0;
+        else
+          static_cast<float*>(packed)[to] =
+              exists ? static_cast<const float*>(weight)[row * ld + column] : 0;
+      }
+    }
+  }
+}
+
+// out [m, n] = x [m, k] W^T + bias. x and bias have the weight's dtype.
+extern "C" void weave_linear(const void* packed, index_t n, index_t k, index_t dtype, const void* x,
+                             index_t ldx, index_t m, const void* bias, void* out, index_t ldo,
+                             index_t out_dtype, index_t threads) {
+  const Weight w{packed, n, k};
+  const Output to{out, ldo, n, bias, dtype == BFLOAT16, out_dtype == BFLOAT16};
+  if (dtype == FLOAT32)
+    multiply_all<Floats, Floats>(w, static_cast<const float*>(x), ldx, m, to, int(threads));
+  else if constexpr (HAS_DOT)
+    multiply_all<Dots, Dots>(w, static_cast<const bf16*>(x), ldx, m, to, int(threads));
+  else
+    multiply_all<Pairs, Floats>(w, static_cast<const bf16*>(x), ldx, m, to, int(threads));
+}

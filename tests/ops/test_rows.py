@@ -1,0 +1,113 @@
+"""What runs row by row against the references: norms, rotary embedding, cache writes, activation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
+from weaveinf.ops.activation import silu_mul, silu_mul_reference
+from weaveinf.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from weaveinf.ops.rope import rope_, rope_reference_, write_kv, write_kv_reference
+
+pytestmark = needs_kernels
+every_build = pytest.mark.parametrize("build", BUILDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@every_build
+@every_dtype
+@pytest.mark.parametrize(("rows", "dim"), [(0, 8), (1, 1), (3, 7), (5, 64), (40, 1031)])
+def test_rms_norm(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype, rows: int, dim: int
+) -> None:
+    use(monkeypatch, build)
+    x = torch.randn(rows, dim + 2).to(dtype)[:, :dim]
+    weight = torch.randn(dim).to(dtype)
+    out = poisoned(rows, dim + 1, dtype=dtype)
+    rms_norm(x, weight, 1e-5, offset=1.0, out=out[:, :dim])
+    if rows:
+        close(out[:, :dim], rms_norm_reference(x, weight, 1e-5, 1.0))
+    assert out[:, dim:].isnan().all()
+
+
+@every_build
+@every_dtype
+def test_rms_norm_of_heads_in_place(monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype) -> None:
+    use(monkeypatch, build)
+    both = torch.randn(6, 5, 24).to(dtype)
+    weight, before = torch.randn(24).to(dtype), both.clone()
+    rms_norm(both[:, 1:3], weight, 1e-6, out=both[:, 1:3])
+    close(both[:, 1:3], rms_norm_reference(before[:, 1:3], weight, 1e-6))
+    assert torch.equal(both[:, 0], before[:, 0]) and torch.equal(both[:, 3:], before[:, 3:])
+
+
+@every_build
+@every_dtype
+@pytest.mark.parametrize(("rows", "dim", "ranks"), [(0, 8, 2), (1, 9, 1), (7, 130, 3), (64, 1024, 2)])
+def test_add_rms_norm(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype, rows: int, dim: int, ranks: int
+) -> None:
+    use(monkeypatch, build)
+    partials = [torch.randn(rows, dim).to(dtype) for _ in range(ranks)]
+    residual, weight = torch.randn(rows, dim).to(dtype), torch.randn(dim).to(dtype)
+    wanted, want = residual.clone(), poisoned(rows, dim, dtype=dtype)
+    add_rms_norm_reference(partials, wanted, weight, 1e-5, 0.5, 0.25, want)
+    out = poisoned(rows, dim, dtype=dtype)
+    add_rms_norm(partials, residual, weight, 1e-5, 0.5, 0.25, out)
+    if rows:
+        # A fused multiply-add may round the other way where two sums are one unit apart.
+        close(residual, wanted, 1.0)
+        close(out, rms_norm_reference(residual, weight, 1e-5, 0.5))
+
+
+@every_build
+@every_dtype
+@pytest.mark.parametrize(("heads", "dim", "rot"), [(1, 2, 2), (3, 20, 12), (4, 64, 64), (2, 128, 128)])
+def test_rope(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype, heads: int, dim: int, rot: int
+) -> None:
+    use(monkeypatch, build)
+    angles = torch.randn(50, rot // 2)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+    x = torch.randn(9, heads + 2, dim).to(dtype)
+    positions = torch.randint(0, 50, (9,), dtype=torch.int32)
+    want = x.clone()
+    rope_reference_(want[:, 1:-1], cos_sin, positions)
+    rope_(x[:, 1:-1], cos_sin, positions)
+    close(x, want)
+    assert torch.equal(x[:, 0], want[:, 0]) and torch.equal(x[..., rot:], want[..., rot:])
+
+
+@every_build
+@every_dtype
+def test_write_kv_skips_what_has_no_slot(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype
+) -> None:
+    use(monkeypatch, build)
+    kv = torch.randn(300, 6, 10).to(dtype)
+    slots = torch.randperm(77 * 4, dtype=torch.int32)[:300]
+    slots[::7] = -1
+    pools = [poisoned(77, 4, 2, 10, dtype=dtype) for _ in range(4)]
+    write_kv(kv[:, 1:3], kv[:, 4:], pools[0], pools[1], slots)
+    write_kv_reference(kv[:, 1:3], kv[:, 4:], pools[2], pools[3], slots)
+    for got, want in zip(pools[:2], pools[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@every_build
+@every_dtype
+@pytest.mark.parametrize(("rows", "inner"), [(0, 4), (1, 1), (3, 37), (70, 1408)])
+def test_silu_mul(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype, rows: int, inner: int
+) -> None:
+    use(monkeypatch, build)
+    both = (torch.randn(rows, 2 * inner + 1) * 20).to(dtype)[:, : 2 * inner]
+    out = poisoned(rows, inner + 3, dtype=dtype)
+    silu_mul(both, out=out[:, :inner])
+    if rows:
+        want = silu_mul_reference(both)
+        torch.testing.assert_close(
+            out[:, :inner].float(), want.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-30
+        )
+    assert out[:, inner:].isnan().all()
