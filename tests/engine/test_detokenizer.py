@@ -44,8 +44,9 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> 
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     for at, token in enumerate(ids(text), 1):
         stopped = stream.add(token)
-        assert stopped == (bool(ends) and at == min(ends))
-        if stopped:
+        assert (stopped is not None) == (bool(ends) and at == min(ends))
+        if stopped is not None:
+            assert stopped in stops and text[:at].endswith(stopped)
             break
     stream.end()
     done = text[: min(ends)] if ends else text

@@ -28,12 +28,12 @@ class TextStream:
         self._held = ""
         self.text = ""
 
-    def add(self, token_id: int) -> bool:
-        """Takes the next token; True when a stop string is complete (`text` ends before it)."""
+    def add(self, token_id: int) -> str | None:
+        """Takes the next token; returns the stop string that it completes (`text` ends before it)."""
         self._undecoded.append(token_id)
         chunk = self._stream.step(self._tokenizer, token_id)
         if chunk is None:
-            return False
+            return None
         self._undecoded.clear()
         return self._show(chunk)
 
@@ -44,19 +44,20 @@ class TextStream:
         self.text += self._held
         self._held = ""
 
-    def _show(self, chunk: str) -> bool:
+    def _show(self, chunk: str) -> str | None:
         self._held += chunk
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.text += self._held[: min(found)]
+            at, stop = min(found)
+            self.text += self._held[:at]
             self._held = ""
             self._undecoded.clear()
-            return True
+            return stop
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         shown = len(self._held) - keep
         self.text += self._held[:shown]
         self._held = self._held[shown:]
-        return False
+        return None
 
 
 def _overlap(text: str, stop: str) -> int:

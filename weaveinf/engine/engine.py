@@ -144,10 +144,12 @@ class Engine:
         before = len(stream.text)
         for at, token in enumerate(tokens):
             # A token that itself ended the request is not text.
-            if token in request.stop_ids and finished and at == len(tokens) - 1:
+            if finished and token in request.stop_ids and at == len(tokens) - 1:
                 continue
-            if stream.add(token):
-                self.scheduler.finish(request, "stop")
+            if stop := stream.add(token):
+                self.scheduler.finish(request, "stop", stop)
+                # A limit may have ended it with the token that completes the string.
+                request.finish_reason, request.stop_reason = "stop", stop
                 finished = True
                 break
         if finished:

@@ -327,7 +327,8 @@ class Scheduler:
 
     def update(self, step: Step, output: StepOutput) -> list[tuple[Request, list[int]]]:
         """Takes the results of the oldest step under way: (request, its new tokens) of each that
-        got some; those that ended have `finish_reason`. Samples of ended requests are dropped.
+        got some; those that ended have `finish_reason`. Samples of ended requests are dropped. A
+        token -1 means that none could be sampled (NaN logits): that request is aborted.
         """
         if not self._flights or self._flights[0].number != step.number:
             raise RuntimeError(f"step {step.number} is not the oldest one under way")
@@ -337,12 +338,16 @@ class Scheduler:
             raise RuntimeError(f"{len(flight.sampled)} samples were due, {len(tokens)} came")
         for sequence, request, start in flight.prompt_rows:
             _store_prompt_logprobs(request, start, output, sequence)
-        events = []
+        events: list[tuple[Request, list[int]]] = []
         for i, request in enumerate(flight.sampled):
             if request.status == "finished":
                 continue
             token = tokens[i]
             request.in_flight -= 1
+            if token < 0:
+                self.finish(request, "abort", "its logits leave no token to choose")
+                events.append((request, []))
+                continue
             request.output_token_ids.append(token)
             if request.logprobs is not None:
                 request.logprobs.append(_token_logprob(request, token, output.logprobs, i))
