@@ -135,3 +135,7 @@ class Board:
     def called_off(self) -> str | None:
         """What rank 0 called: "exit", "stacks" or nothing yet."""
         return self._store.get("off").decode() if self._store.check(["off"]) else None
+
+    def close(self) -> None:
+        """Gives up the connection, also when an exception's frames still hold this object."""
+        del self._store

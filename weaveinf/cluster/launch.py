@@ -204,6 +204,8 @@ class _Driver(threading.Thread):
             self.join(LEAVE_S)
         if watch is not None and watch is not threading.current_thread():
             watch.join(2 * LEAVE_S)
+        self._store = self._supervisor = None  # and with it the store's sockets
+        self.failure = self.failure or RuntimeError("this engine is closed")
 
     # The thread itself.
 

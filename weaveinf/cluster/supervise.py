@@ -110,6 +110,7 @@ class Supervisor(threading.Thread):
             self.verdict = error
         finally:
             self._end_others()
+            self._board.close()
             self._met.set()
 
     def _look(self, now: float) -> None:

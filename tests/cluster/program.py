@@ -1,0 +1,31 @@
+"""A user's program: python -m tests.cluster.program MODEL RANKS close|forget|forever"""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from pathlib import Path
+
+from tests.cluster.harness import children, start, step, tokens
+
+
+def main(model: str, size: str, ending: str) -> None:
+    cluster = start(Path(model), int(size))
+    print("tokens", *tokens(cluster, 0, 5), flush=True)
+    print("ranks", *(child.pid for child in children()), flush=True)
+    if ending == "forever":
+        for n in count(5):
+            cluster.submit(step(n % 800))
+            cluster.collect()
+    if ending == "close":
+        cluster.close()
+    print("end", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
