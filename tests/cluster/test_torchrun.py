@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -42,15 +43,17 @@ def test_a_killed_rank_ends_torchrun(model: Path, rank: int) -> None:
         assert eventually(lambda: not any(p.is_running() for p in ranks))
 
 
-def test_a_wrong_size_or_model_is_said_once(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+def test_a_mistake_is_said_once(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "lies").mkdir()
+    settings = json.loads((model / "config.json").read_text())
+    (tmp_path / "lies" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 7}))
     for arguments, words in (
         ((str(model), "3", "close"), "but torchrun started 2 ranks"),
-        ((str(tmp_path / "empty"), "2", "close"), "config.json"),
+        ((str(tmp_path / "lies"), "2", "close"), "7"),
     ):
         with run_program(*arguments, torchrun=2) as program:
             assert program.wait(60) != 0
             assert program.stderr is not None
-            said = program.stderr.read()
-        assert "error: " in said and words in said
-        assert "RankDied" not in said and "gloo" not in said
+            said = [line for line in program.stderr if line.startswith("error: ")]
+        assert len(said) == 1 and words in said[0]
+        assert "rank" not in said[0].split("torchrun")[0] and "gloo" not in said[0]

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from weaveinf.comm.ranks import Ranks
 from weaveinf.config import EngineConfig
 from weaveinf.engine.step import Step, StepOutput
 from weaveinf.engine.worker import Progress, Worker
+from weaveinf.models.config import ModelConfig
+from weaveinf.models.loader import resolve
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _taken = False  # torchrun's ranks serve one engine
@@ -46,27 +49,39 @@ def launch(config: EngineConfig, progress: Progress | None = None) -> Cluster:
     if all(os.environ.get(name) for name in _TORCHRUN) and os.environ["WORLD_SIZE"] != "1":
         return _join_torchrun(config, progress)
     size = config.tensor_parallel_size
+    path = _look_at_model(config)
     if size == 1:
         return Cluster(config, None, None, progress)
     store, port = make_store(LOADING_S)
-    return Cluster(config, store, Children(config, size, port), progress)
+    found = replace(config, model=str(path), revision=None)
+    return Cluster(config, store, Children(found, size, port), progress)
+
+
+def _look_at_model(config: EngineConfig) -> Path:
+    """Finds the most frequent mistakes before any process is started, and fetches the model once."""
+    path = resolve(config.model, config.revision)
+    ModelConfig.from_path(path, config.max_model_len)
+    return path
 
 
 def _join_torchrun(config: EngineConfig, progress: Progress | None) -> Cluster:
+    """Mistakes are said by rank 0 alone; torchrun ends the others, who wait for it."""
     global _taken
-    size = int(os.environ["WORLD_SIZE"])
-    if config.tensor_parallel_size not in (1, size):
-        raise ValueError(
-            f"tensor_parallel_size={config.tensor_parallel_size}, but torchrun started {size} ranks; "
-            f"leave it out or use torchrun's --nproc-per-node {config.tensor_parallel_size}"
-        )
-    if _taken:
-        raise ValueError(
-            "torchrun's ranks already serve an engine; for several engines in a process start it "
-            "without torchrun"
-        )
-    _taken = True
+    size, given = int(os.environ["WORLD_SIZE"]), config.tensor_parallel_size
     config = replace(config, tensor_parallel_size=size)
+    if os.environ["RANK"] == "0":
+        if given not in (1, size):
+            raise ValueError(
+                f"tensor_parallel_size={given}, but torchrun started {size} ranks; leave it out or "
+                f"use torchrun's --nproc-per-node {given}"
+            )
+        if _taken:
+            raise ValueError(
+                "torchrun's ranks already serve an engine; for several engines in a process start "
+                "it without torchrun"
+            )
+        _look_at_model(config)
+    _taken = True
     store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
     if rank > 0:
         raise SystemExit(follow(config, store, rank, size))
@@ -203,7 +218,7 @@ class _Driver(threading.Thread):
         if self.ident is not None and self is not threading.current_thread():
             self.join(LEAVE_S)
         if watch is not None and watch is not threading.current_thread():
-            watch.join(2 * LEAVE_S)
+            watch.over.wait(2 * LEAVE_S)
         self._store = self._supervisor = None  # and with it the store's sockets
         self.failure = self.failure or RuntimeError("this engine is closed")
 

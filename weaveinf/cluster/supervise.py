@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from weaveinf.cluster.board import Beat, Board, End, Process
-from weaveinf.cluster.rank import BEAT_S, LOADING_S, LOST_S, STDERR
+from weaveinf.cluster.rank import BEAT_S, FAREWELL_S, LOADING_S, LOST_S, STDERR
 from weaveinf.cluster.spawn import Children
 from weaveinf.comm.errors import RankDied
 
@@ -44,6 +44,7 @@ class Supervisor(threading.Thread):
         submitted, done: steps that rank 0 has sent, and has run.
         slowest: seconds of the slowest of the latest steps.
         verdict: the exception that was told.
+        over: set when rank 0 may go, no process of its own being left.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Supervisor(threading.Thread):
         self._processes: list[Process] | None = None
         self._met = threading.Event()
         self._closing = threading.Event()
+        self.over = threading.Event()
         self._at_once = False
         self._state = "loading"
         self._loaded = False
@@ -112,6 +114,7 @@ class Supervisor(threading.Thread):
             self._end_others()
             self._board.close()
             self._met.set()
+            self.over.set()
 
     def _look(self, now: float) -> None:
         if now - self._ticked > 20 * TICK_S:  # this process slept itself, so it cannot judge
@@ -198,11 +201,10 @@ class Supervisor(threading.Thread):
                 print(f"weaveinf: waiting for {names} to load", file=sys.stderr, flush=True)
             return None
         limit = max(STUCK_S, STUCK_TIMES * self.slowest)
-        still = [r for r, moved in self._moved.items() if now - moved > limit]
-        if not still:
+        if all(now - moved <= limit for moved in self._moved.values()):
             return None
-        behind = min(self._beats[r].steps for r in still)
-        still = [r for r in still if self._beats[r].steps == behind]
+        behind = min(beat.steps for beat in self._beats.values())
+        still = [r for r, beat in self._beats.items() if beat.steps == behind]
         self._print_stacks()
         names = ", ".join(map(str, still))
         return RankDied(
@@ -224,7 +226,8 @@ class Supervisor(threading.Thread):
     def _end_others(self) -> None:
         """Sees to it that no other rank is left, then tells the verdict.
 
-        Another launcher kills rank 0 as soon as it sees a rank fail; there rank 0 is told first.
+        Another launcher kills rank 0 as soon as it sees a rank fail; there rank 0 is told first, and the
+        others get the time that it needs to tell the user.
         """
         grace = 0.0 if self.verdict is not None or self._at_once else LEAVE_S
         if self._children is not None and not self._children.wait(grace):
@@ -236,7 +239,9 @@ class Supervisor(threading.Thread):
         if self.verdict is not None:
             self._tell(self.verdict)
         if self._children is None:
-            deadline = time.monotonic() + (grace or 2 * SETTLE_S)
+            if self.verdict is not None:
+                self.over.set()
+            deadline = time.monotonic() + (grace or FAREWELL_S)
             with suppress(RuntimeError):  # the store is gone, and the ranks leave by that
                 while any(beat.state != "left" for beat in self._board.beats(self._others)):
                     if time.monotonic() > deadline:
