@@ -5,8 +5,8 @@
 
 Every round starts every contender once, one after the other, so that a slow minute of the machine
 touches all alike; a cell's figure is the median over the rounds. The table goes to standard output and,
-with every single figure, to bench/results/. Where the processor has no bfloat16 arithmetic and no
-AVX-512, the peers run in float32 too, since that is often their faster way; the faster one counts.
+with every single figure, to bench/results/. Where the processor has no bfloat16 products of its own, the
+peers run in float32 too; in each cell the faster one counts.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     bench/.venvs/vllm/bin/python bench/peers/time_vllm.py MODEL [--tp 2] [--dtype float32]
 
-Prints one JSON line per cell. The settings below are the fastest found; bench/peers/README.md says
-what was tried.
+Prints one JSON line per cell. bench/peers/README.md gives the reasons of the settings below.
 """
 
 from __future__ import annotations
