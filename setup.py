@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cpu"
 FLAGS = (
-    "-std=gnu++17 -O3 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
+    "-std=gnu++17 -O2 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
     "-fvisibility=default -Wall -Wno-psabi -Wno-unknown-pragmas -Wno-ignored-attributes"
 ).split()
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
@@ -77,9 +77,7 @@ class BuildKernels(build_ext):
         return [str(p.relative_to(ROOT)) for p in SOURCES.iterdir()]
 
 
-def compile_library(
-    compiler: list[str], sources: list[Path], flags: list[str], target: Path
-) -> str | None:
+def compile_library(compiler: list[str], sources: list[Path], flags: list[str], target: Path) -> str | None:
     """Builds one library; returns the compiler's first error line, or None. Replaces it atomically."""
     new = target.with_suffix(".new")
     command = [*compiler, *FLAGS, *map(str, sources), *flags, "-o", str(new)]

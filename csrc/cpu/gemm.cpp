@@ -36,33 +36,36 @@ struct Output {
   bool bias_half, half;
 };
 
-// One row of a tile: bias, rounding, and the columns that exist.
+// A finished tile of sums [count][NR]: bias, rounding, and only the columns that exist.
 template <class T>
-INLINE void write_row(const Output& out, index_t row, index_t column, const vf (&sums)[NV]) {
-  T* to = static_cast<T*>(out.data) + row * out.stride + column;
-  float values[NR];
-  UNROLL for (int v = 0; v < NV; ++v) store(values + v * LANES, sums[v]);
-  const index_t count = out.n - column < NR ? out.n - column : NR;
-  if (out.bias) {
-    for (index_t i = 0; i < count; ++i)
-      values[i] += out.bias_half ? to_float(static_cast<const bf16*>(out.bias)[column + i])
+__attribute__((noinline)) void write_rows(const Output& out, index_t row, index_t column, int count,
+                                          float* sums) {
+  const index_t width = out.n - column < NR ? out.n - column : NR;
+  for (int r = 0; r < count; ++r, sums += NR) {
+    T* to = static_cast<T*>(out.data) + (row + r) * out.stride + column;
+    if (out.bias) {
+      for (index_t i = 0; i < width; ++i)
+        sums[i] += out.bias_half ? to_float(static_cast<const bf16*>(out.bias)[column + i])
                                  : static_cast<const float*>(out.bias)[column + i];
-  }
-  if (count == NR) {
-    UNROLL for (int v = 0; v < NV; ++v) store_floats(to + v * LANES, load<vf>(values + v * LANES));
-  } else {
-    for (index_t i = 0; i < count; ++i) from_float(values[i], to + i);
+    }
+    if (width == NR) {
+      UNROLL for (int v = 0; v < NV; ++v) store_floats(to + v * LANES, load<vf>(sums + v * LANES));
+    } else {
+      for (index_t i = 0; i < width; ++i) from_float(sums[i], to + i);
+    }
   }
 }
 
 template <int M>
-INLINE void write_rows(const Output& out, index_t row, index_t column, const vf (&sums)[M][NV]) {
+INLINE void write_rows(const Output& out, index_t row, index_t column, const vf (&acc)[M][NV]) {
+  alignas(64) float sums[M * NR];
   UNROLL for (int r = 0; r < M; ++r) {
-    if (out.half)
-      write_row<bf16>(out, row + r, column, sums[r]);
-    else
-      write_row<float>(out, row + r, column, sums[r]);
+    UNROLL for (int v = 0; v < NV; ++v) store(sums + r * NR + v * LANES, acc[r][v]);
   }
+  if (out.half)
+    write_rows<bf16>(out, row, column, M, sums);
+  else
+    write_rows<float>(out, row, column, M, sums);
 }
 
 // Copies k0 to k0 + kc of `rows` rows of x into a block [rows][AS], as float32 or as bfloat16 pairs, a
@@ -77,7 +80,8 @@ void copy_rows(const T* x, index_t ldx, index_t rows, index_t kc, float* to) {
   }
 }
 
-[[maybe_unused]] void copy_rows(const bf16* x, index_t ldx, index_t rows, index_t kc, uint32_t* to) {
+[[maybe_unused]] void copy_rows(const bf16* x, index_t ldx, index_t rows, index_t kc,
+                                uint32_t* to) {
   for (index_t r = 0; r < rows; ++r, x += ldx, to += AS) {
     if (kc & 1) to[kc / 2] = x[kc - 1];
     __builtin_memcpy(to, x, size_t(kc & ~index_t(1)) * 2);

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
+
+from weaveinf.ops import native
+
+_CALL = struct.Struct("7P13nd")
+"""`Call` in csrc/cpu/attention.cpp."""
+_NO_WINDOW = 2**31
 
 
 def paged_attention_reference(
@@ -57,8 +65,9 @@ def paged_attention(
 
     Pools: [num_pages, page_size, Hkv, D], contiguous. Rows cu_seqlens_q[s] to cu_seqlens_q[s+1] (int32
     [S+1]) belong to sequence s, whose pages are block_table[s] (int32 [S, max_blocks]). A row at position p
-    (positions: int32 [rows]) reads the keys at max(0, p - sliding_window + 1) to p. The rows of a sequence
+    (positions: int32 [rows], >= 0) reads the keys at max(0, p - sliding_window + 1) to p. The rows of a sequence
     ascend in position but need not be consecutive. Query head h reads KV head h // (Hq // Hkv).
+    The values of a head are contiguous in q and out, those of a row in block_table.
     """
     if q.is_cuda:
         from weaveinf.ops import triton_attention
@@ -66,6 +75,35 @@ def paged_attention(
         return triton_attention.paged_attention(
             q, key_pool, value_pool, block_table, cu_seqlens_q, positions, scale, sliding_window, out
         )
-    return paged_attention_reference(
-        q, key_pool, value_pool, block_table, cu_seqlens_q, positions, scale, sliding_window, out
+    if native.lib is None or q.dtype not in native.DTYPES:
+        return paged_attention_reference(
+            q, key_pool, value_pool, block_table, cu_seqlens_q, positions, scale, sliding_window, out
+        )
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _, page_size, kv_heads, dim = key_pool.shape
+    call = _CALL.pack(
+        q.data_ptr(),
+        key_pool.data_ptr(),
+        value_pool.data_ptr(),
+        out.data_ptr(),
+        block_table.data_ptr(),
+        cu_seqlens_q.data_ptr(),
+        positions.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        block_table.stride(0),
+        cu_seqlens_q.shape[0] - 1,
+        q.shape[1],
+        kv_heads,
+        dim,
+        page_size,
+        sliding_window or _NO_WINDOW,
+        native.DTYPES[q.dtype],
+        torch.get_num_threads(),
+        scale,
     )
+    native.lib.weave_attention(call)
+    return out

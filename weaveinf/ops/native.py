@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch  # noqa: F401  torch's libgomp must be loaded first; ours binds to it by its soname
+import torch  # before our libraries, which bind to its libgomp by its soname
 
 DIRECTORY = Path(__file__).parent.parent / "_native"
 """Where the libraries lie."""
@@ -41,8 +42,9 @@ _SIGNATURES: dict[str, list[type]] = {
     "weave_add_rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F, _F, _F, _I, _I],
     "weave_rope": [_P, _I, _I, _I, _I, _I, _P, _P, _I, _I],
     "weave_write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _I],
+    "weave_best": [_P, _I, _I, _I, _P, _P, _I],
     "weave_silu_mul": [_P, _I, _P, _I, _I, _I, _I, _I],
-    "weave_attention": [_P, _P],
+    "weave_attention": [_P],
 }
 
 
@@ -80,9 +82,8 @@ def load(name: str) -> ctypes.CDLL:
     return library
 
 
-def _choose() -> tuple[ctypes.CDLL | None, str, str]:
+def _choose(names: Sequence[str]) -> tuple[ctypes.CDLL | None, str, str]:
     cost = "bfloat16 runs several times slower on torch's own CPU paths; reinstall with g++ or clang++"
-    names = runnable()
     if not names:
         return None, "torch", f"no CPU kernels were compiled for this {platform.machine()}: {cost}"
     try:
@@ -91,7 +92,27 @@ def _choose() -> tuple[ctypes.CDLL | None, str, str]:
         return None, "torch", f"the CPU kernels do not load ({error}): {cost}"
 
 
+def abilities() -> list[str]:
+    """What this process could run its products on: the loadable builds, best first, and "onednn" where
+    oneDNN has instructions for bfloat16."""
+    builds = [name for name in runnable() if _choose([name])[0] is not None]
+    return builds + ["onednn"] * ONEDNN
+
+
+def agree(of_all_ranks: Sequence[Sequence[str]]) -> None:
+    """Keeps to what every rank is able to: what ranks compute alike must come out alike, to the bit.
+
+    Weights that were packed before stay as they are.
+    """
+    global lib, isa, reason, onednn
+    common = [name for name in abilities() if all(name in words for words in of_all_ranks)]
+    onednn = "onednn" in common
+    lib, isa, reason = _choose([name for name in common if name != "onednn"])
+
+
 lib: ctypes.CDLL | None
 isa: str
 reason: str
-lib, isa, reason = _choose()
+lib, isa, reason = _choose(runnable())
+ONEDNN: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+onednn = ONEDNN
