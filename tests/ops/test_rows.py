@@ -9,6 +9,7 @@ from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from weaveinf.ops.activation import silu_mul, silu_mul_reference
 from weaveinf.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from weaveinf.ops.rope import rope_, rope_reference_, write_kv, write_kv_reference
+from weaveinf.ops.sampling import best, best_reference
 
 pytestmark = needs_kernels
 every_build = pytest.mark.parametrize("build", BUILDS)
@@ -111,3 +112,19 @@ def test_silu_mul(
             out[:, :inner].float(), want.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-30
         )
     assert out[:, inner:].isnan().all()
+
+
+@every_build
+@pytest.mark.parametrize("n", [1, 7, 64, 129, 1000])
+def test_best(monkeypatch: pytest.MonkeyPatch, build: str, n: int) -> None:
+    use(monkeypatch, build)
+    scores = torch.randn(40, n + 3).round(decimals=1)[:, :n]  # with ties
+    scores[3] = -torch.inf
+    scores[4, n // 2] = torch.inf
+    scores[5:9, torch.randint(0, n, (2,))] = torch.nan
+    for got, want in zip(best(scores), best_reference(scores), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert best(scores)[1].tolist() == [
+        int(row.isnan().nonzero()[0]) if row.isnan().any() else row.tolist().index(float(row.max()))
+        for row in scores
+    ]

@@ -20,6 +20,7 @@ from weaveinf.engine.step import Step, StepOutput
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import load_model, resolve
 from weaveinf.models.weights import Progress
+from weaveinf.ops import native
 from weaveinf.trace import Trace
 from weaveinf.weave.run import run
 
@@ -40,6 +41,7 @@ class Worker:
         self.path = resolve(config.model, config.revision)
         self.model_config = ModelConfig.from_path(self.path, config.max_model_len)
         self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.model_config.dtype
+        native.agree([words.split() for words in ranks.agree(" ".join(native.abilities()))])
         self.steps_done = 0
         self.trace = Trace()
         with torch.inference_mode():
@@ -115,26 +117,31 @@ class Worker:
 
     def _batch(self, step: Step) -> Batch:
         self._append_pages(step)
-        lengths = step.num_query.astype(np.int64)
-        ends = np.cumsum(lengths)
-        total = int(ends[-1])
-        seq_of_row = np.repeat(np.arange(len(lengths)), lengths)
-        positions = np.arange(total) + np.repeat(step.num_computed - (ends - lengths), lengths)
+        lengths = step.num_query
+        cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        total = int(cu_seqlens[-1])
+        seq_of_row = np.arange(len(lengths))
+        positions, logits_from = step.num_computed, cu_seqlens[1:] - step.num_logits
+        rows = seq_of_row
+        if total > len(lengths):
+            seq_of_row, rows = np.repeat(seq_of_row, lengths), np.arange(total)
+            positions = (rows + (positions - cu_seqlens[:-1])[seq_of_row]).astype(np.int32)
+            logits_from = logits_from[seq_of_row]
         table = self._table[step.state_slot]
         slots = table[seq_of_row, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
-        logits_from = np.repeat(ends - step.num_logits, lengths)
-        seq_lens = step.num_computed + step.num_query
+        seq_lens = step.num_computed + lengths
         used = -(-int(seq_lens.max()) // PAGE_SIZE)
         return Batch(
             input_ids=self._input_ids(step, total, seq_of_row),
-            positions=self._put(positions.astype(np.int32)),
-            slot_mapping=self._put(slots.astype(np.int32)),
-            cu_seqlens_q=self._put(np.concatenate(([0], ends)).astype(np.int32)),
-            seq_lens=self._put(seq_lens.astype(np.int32)),
+            positions=self._put(positions),
+            slot_mapping=self._put(slots),
+            cu_seqlens_q=self._put(cu_seqlens),
+            seq_lens=self._put(seq_lens),
             num_prompt_tokens=self._put(step.num_prompt_tokens),
-            block_table=self._put(np.ascontiguousarray(table[:, :used])),
+            block_table=self._put(table[:, :used]),
             state_slot=self._put(step.state_slot),
-            logit_rows=self._put(np.flatnonzero(np.arange(total) >= logits_from)),
+            logit_rows=self._put(np.flatnonzero(rows >= logits_from)),
         )
 
     def _append_pages(self, step: Step) -> None:

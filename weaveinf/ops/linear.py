@@ -41,7 +41,7 @@ def linear_reference(
 def pack(weight: Tensor) -> PackedWeight:
     """Packs weight [N, K] for `linear`; the caller drops its own reference to save the memory."""
     if weight.device.type == "cpu" and weight.dtype in native.DTYPES:
-        if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if weight.dtype == torch.bfloat16 and native.onednn:
             # AVX-512 and AMX: oneDNN's kernels know them.
             return PackedWeight(weight, _onednn(weight))
         if native.lib is not None:
