@@ -105,9 +105,8 @@ def agree(of_all_ranks: Sequence[Sequence[str]]) -> None:
     Weights that were packed before stay as they are.
     """
     global lib, isa, reason, onednn
-    common = [name for name in abilities() if all(name in words for words in of_all_ranks)]
-    onednn = "onednn" in common
-    lib, isa, reason = _choose([name for name in common if name != "onednn"])
+    onednn = ONEDNN and all("onednn" in words for words in of_all_ranks)
+    lib, isa, reason = _choose([b for b in runnable() if all(b in words for words in of_all_ranks)])
 
 
 lib: ctypes.CDLL | None
