@@ -170,7 +170,7 @@ def test_bans_hold_until_min_tokens_and_bias_comes_before_penalties(single):
         assert sampler.sample(logits, make_step([0, 1], [position] * 2)).tokens.tolist() == expected
     sampler.admit(Admission(1, temperature=0.0))
     logits[1, 10] = 0.5
-    assert sampler.sample(logits, make_step([1], [0])).tokens.tolist() == [9]
+    assert sampler.sample(logits[1:], make_step([1], [0])).tokens.tolist() == [9]
 
 
 def greedy_with_penalties(settings, logits, given=()):

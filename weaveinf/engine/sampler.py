@@ -159,7 +159,7 @@ class Sampler:
 
     def _shape(self, logits: Tensor, slots: Rows, positions: Rows) -> Tensor:
         """The logits after bias, bans and penalties: a copy if any row has one of them."""
-        biased = [(i, s) for i, s in enumerate(slots.tolist()) if s in self._bias]
+        biased = [(i, s) for i, s in enumerate(slots.tolist() if self._bias else ()) if s in self._bias]
         banned = np.flatnonzero(positions < self._min_tokens[slots]).tolist()
         penalised = self._history.known(slots)
         if not (biased or banned or len(penalised)):
@@ -177,6 +177,9 @@ class Sampler:
 
     def _draw(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
         kinds = self._kind[slots]
+        if not kinds.any():  # the common case without detours: all greedy
+            values, columns = sampling.best(logits)
+            return (yield from sampling.winner(values, columns + self.shard.start, self.shard))
         greedy, free, limited = (np.flatnonzero(kinds == k) for k in (_GREEDY, _FREE, _LIMITED))
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         firsts = []
