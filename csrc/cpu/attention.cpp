@@ -77,9 +77,9 @@ void attend(const Panel& panel, const float* keys, const float* values, index_t 
   for (index_t k = 0; k < count; k += MR) {
     with_rows(int(count - k < MR ? count - k : MR), [&](auto size) {
       constexpr int M = size;
-      vf acc[sets(M)][M][NV] = {};
-      multiply<Floats, M, sets(M)>(acc, keys + k * dim, dim, 1, panel.query, NR, dim);
-      fold<M, sets(M)>(acc);
+      vf acc[sets<Floats>(M)][M][NV] = {};
+      multiply<Floats, M, sets<Floats>(M)>(acc, keys + k * dim, dim, 1, panel.query, NR, dim);
+      fold<M, sets<Floats>(M)>(acc);
       UNROLL for (int r = 0; r < M; ++r) {
         UNROLL for (int v = 0; v < NV; ++v) store(scores + (k + r) * NR + v * LANES, acc[0][r][v]);
       }

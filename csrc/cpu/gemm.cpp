@@ -14,7 +14,8 @@ constexpr index_t KC = 384;        // values of k in a block: a panel's slice st
 constexpr index_t AS = KC + 16;    // row stride of a block of x; not a power of two, to spread over the sets
 constexpr index_t MC = 192;        // rows in a block: MC * KC floats stay in the second-level cache
 constexpr index_t NC = 1024;       // columns in a task, so that its float32 sums stay near
-constexpr index_t FEW_ROWS = 48;   // up to here the weights are read once and widened in registers
+constexpr index_t FEW_ROWS = 16;   // up to here the weights are read once and widened in registers,
+constexpr index_t FEW = 1 << 16;   // and up to here in floats of x, which fit the second-level cache
 
 thread_local Scratch rows_scratch, sums_scratch, panel_scratch;
 
@@ -91,7 +92,7 @@ void copy_rows(const T* x, index_t ldx, index_t rows, index_t kc, float* to) {
 // Rows of a group, so that the groups of m rows are even.
 struct Groups {
   index_t count, m;
-  explicit Groups(index_t rows) : count(ceil_div(rows, MR)), m(rows) {}
+  Groups(index_t rows, index_t most) : count(ceil_div(rows, most)), m(rows) {}
   index_t start(index_t g) const { return part(m, count, g); }
   int size(index_t g) const { return int(start(g + 1) - start(g)); }
 };
@@ -107,20 +108,26 @@ void few_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output&
     index_t kc = w.k - b * KC < KC ? w.k - b * KC : KC;
     copy_rows(x + b * KC, ldx, m, kc, rows + b * m * AS);
   }
-  const Groups groups(m);
+  const Groups groups(m, most_rows<W>());
+  constexpr index_t STEP = NR * sizeof(typename W::B);
   for (index_t p = from; p < to; ++p) {
+    const char* next = reinterpret_cast<const char*>(w.panel<W>(p + 1));
+    Ahead ahead{next, STEP / groups.count};
     for (index_t g = 0; g < groups.count; ++g) {
       const index_t row = groups.start(g);
       with_rows(groups.size(g), [&](auto size) {
         constexpr int M = size;
-        vf sums[sets(M)][M][NV] = {};
+        constexpr int P = sets<W>(M);
+        vf sums[P][M][NV] = {};
         const A* a = rows + row * AS;
         const typename W::B* panel = w.panel<W>(p);
         for (index_t k = 0; k < w.k; k += KC, a += m * AS, panel += KC / W::K * NR) {
           index_t kc = w.k - k < KC ? w.k - k : KC;
-          multiply<W, M, sets(M)>(sums, a, AS, 1, panel, NR, ceil_div(kc, W::K));
+          const index_t steps = ceil_div(kc, W::K);
+          multiply<W, M, P>(sums, a, AS, 1, panel, NR, steps, ahead);
+          ahead.at += steps * ahead.pace;
         }
-        fold<M, sets(M)>(sums);
+        fold<M, P>(sums);
         write_rows<M>(out, row, p * NR, sums[0]);
       });
     }
@@ -151,7 +158,7 @@ void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output
   A* rows = rows_scratch.get<A>(m * AS);
   float* sums = sums_scratch.get<float>(m * width);
   float* widened = panel_scratch.get<float>(KC * NR + NR);
-  const Groups groups(m);
+  const Groups groups(m, MR);
   for (index_t k = 0; k < w.k; k += kc_even) {
     const index_t kc = w.k - k < kc_even ? w.k - k : kc_even;
     const bool first = k == 0, last = k + kc == w.k;
@@ -164,6 +171,8 @@ void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output
       else
         b = prepare(slice, ceil_div(kc, W::K), widened);
       const index_t steps = std::is_same_v<W, I> ? ceil_div(kc, W::K) : round_up(kc, W::K);
+      Ahead ahead{reinterpret_cast<const char*>(slice + w.steps<W>() * NR),
+                  index_t(sizeof *slice) * NR * ceil_div(kc, W::K) / (steps * groups.count)};
       for (index_t g = 0; g < groups.count; ++g) {
         const index_t row = groups.start(g);
         with_rows(groups.size(g), [&](auto size) {
@@ -174,7 +183,8 @@ void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output
             UNROLL for (int v = 0; v < NV; ++v)
               acc[0][r][v] = first ? vf{} : load<vf>(kept + r * width + v * LANES);
           }
-          multiply<I, M, 1>(acc, rows + row * AS, AS, 1, b, NR, steps);
+          multiply<I, M, 1>(acc, rows + row * AS, AS, 1, b, NR, steps, ahead);
+          ahead.at += steps * ahead.pace;
           if (last) {
             write_rows<M>(block_out, row, p * NR, acc[0]);
           } else {
@@ -193,7 +203,7 @@ void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output
 template <class W, class Wide, class T>
 void multiply_all(const Weight& w, const T* x, index_t ldx, index_t m, const Output& out, int threads) {
   const index_t panels = ceil_div(w.n, NR);
-  if (m <= FEW_ROWS) {
+  if (m <= FEW_ROWS || m * w.k <= FEW) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (index_t t = 0; t < threads; ++t)
       few_rows<W>(w, x, ldx, m, out, part(panels, threads, t), part(panels, threads, t + 1));

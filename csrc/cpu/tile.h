@@ -72,16 +72,28 @@ struct Dots {  // the panel of Pairs, the rows in bfloat16 too: the hardware's d
   }
 };
 
+// Memory wanted soon, and how many bytes of it per step.
+struct Ahead {
+  const char* at = nullptr;
+  index_t pace = 0;
+  INLINE void fetch(int width) {
+    for (int i = 0; i < width; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += pace;
+  }
+};
+
 // acc[p][r] += a[r][k] * b[k] over `steps` steps. P sets of sums are used in turn, so that few rows too
 // keep both multipliers busy; the caller adds the sets up. Row r starts at a + r * a_row and its k-th
 // value is a_k further (in A's; for Dots a pair counts as one); a step of the panel is b_step B's.
+// Meanwhile `ahead` is fetched into the second-level cache at the given pace: memory never idles.
 template <class W, int M, int P>
 INLINE void multiply(vf (&acc)[P][M][NV], const typename W::A* a, index_t a_row, index_t a_k,
-                     const typename W::B* b, index_t b_step, index_t steps) {
+                     const typename W::B* b, index_t b_step, index_t steps, Ahead ahead = {}) {
   constexpr int TURN = P > W::SETS ? P / W::SETS : 1;
   index_t s = 0;
   for (; s + TURN <= steps; s += TURN) {
     UNROLL for (int t = 0; t < TURN; ++t) {
+      if (ahead.at) ahead.fetch(int(sizeof *b) * NR);
       auto columns = W::columns(b);
       UNROLL for (int r = 0; r < M; ++r)
         W::add(acc[t * W::SETS % P][r], acc[(t * W::SETS + W::SETS - 1) % P][r], a + r * a_row, a_k,
@@ -98,8 +110,17 @@ INLINE void multiply(vf (&acc)[P][M][NV], const typename W::A* a, index_t a_row,
   }
 }
 
+// Rows of a tile that leave registers for widening.
+template <class W>
+constexpr int most_rows() {
+  return std::is_same_v<W, Pairs> && REGISTERS == 16 ? MR - 1 : MR;
+}
+
 // Sets of sums for M rows: enough chains for two multipliers with a latency of four cycles.
-constexpr int sets(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+template <class W>
+constexpr int sets(int rows) {
+  return rows == 1 ? 4 : rows == 2 || (rows == 3 && most_rows<W>() == MR) ? 2 : 1;
+}
 
 template <int M, int P>
 INLINE void fold(vf (&acc)[P][M][NV]) {
