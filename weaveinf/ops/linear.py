@@ -10,7 +10,6 @@ from torch import Tensor
 
 from weaveinf.ops import native
 
-
 Product = Callable[[Tensor, Tensor | None, Tensor], None]
 """(x [M, K], bias [N] or None, out [M, N] to be filled)."""
 
@@ -46,7 +45,7 @@ def pack(weight: Tensor) -> PackedWeight:
             return PackedWeight(weight, _onednn(weight))
         if native.lib is not None:
             return PackedWeight(weight, _native(weight, native.lib))
-    return PackedWeight(weight, _torch(weight))
+    return PackedWeight(weight, _cuda(weight) if weight.is_cuda else _torch(weight))
 
 
 def _native(weight: Tensor, lib: ctypes.CDLL) -> Product:
@@ -85,6 +84,23 @@ def _onednn(weight: Tensor) -> Product:
 
     def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         out.copy_(torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], ""))
+
+    return product
+
+
+def _cuda(weight: Tensor) -> Product:
+    """cuBLAS; float32 results of half-precision weights leave its accumulators unrounded."""
+    transposed = weight.t()
+
+    def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if out.dtype != weight.dtype:
+            out.copy_(torch.mm(x, transposed, out_dtype=out.dtype))
+            if bias is not None:
+                out += bias
+        elif bias is not None:
+            torch.addmm(bias, x, transposed, out=out)
+        else:
+            torch.mm(x, transposed, out=out)
 
     return product
 
