@@ -59,3 +59,11 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
         "_write_kv": 1,
         "_silu_mul": 1,
     }
+
+
+def test_cpu_use_never_imports_triton(tmp_path: Path) -> None:
+    modules = "activation, attention, linear, moe, norm, rope, sampling"
+    printed = run(
+        ["-c", f"import sys; from weaveinf.ops import {modules}; print(sorted(sys.modules))"], tmp_path
+    )
+    assert "'triton'" not in printed and "weaveinf.ops.norm" in printed
