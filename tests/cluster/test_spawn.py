@@ -28,6 +28,7 @@ from tests.cluster.harness import (
 from weaveinf.cluster import supervise
 from weaveinf.cluster.board import Process
 from weaveinf.cluster.spawn import make_store
+from weaveinf.comm import segment
 from weaveinf.comm.errors import RankDied
 
 
@@ -78,10 +79,20 @@ def test_a_forgotten_engine_ends(model: Path, footprint: Footprint) -> None:
     footprint.check()
 
 
-@pytest.mark.parametrize(("rank", "busy"), [(1, False), (2, True)])
-def test_a_killed_rank_ends_all(model: Path, footprint: Footprint, rank: int, busy: bool) -> None:
+@pytest.mark.parametrize(("rank", "busy", "shared"), [(1, False, True), (2, True, True), (1, True, False)])
+def test_a_killed_rank_ends_all(
+    model: Path,
+    footprint: Footprint,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    busy: bool,
+    shared: bool,
+) -> None:
+    if not shared:
+        monkeypatch.setattr(segment, "lib", None)  # rank 0's vote turns all to gloo
     cluster = start(model, 3)
     tokens(cluster, 0, 3)
+    assert (cluster.worker.seam.name == "shared memory") <= shared
     ranks = children()
     with pytest.raises(RankDied) as caught:
         if busy:

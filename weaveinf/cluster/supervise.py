@@ -204,7 +204,7 @@ class Supervisor(threading.Thread):
         if all(now - moved <= limit for moved in self._moved.values()):
             return None
         behind = min(beat.steps for beat in self._beats.values())
-        still = [r for r, beat in self._beats.items() if beat.steps == behind]
+        still = [r for r, beat in sorted(self._beats.items()) if beat.steps == behind]
         self._print_stacks()
         names = ", ".join(map(str, still))
         return RankDied(
