@@ -1,4 +1,4 @@
-"""The whole engine against transformers: every family, alone, batched, chunked, with prefix hits, preempted."""
+"""The whole engine against transformers: families, alone, batched, chunked, with prefix hits, preempted."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ SIZES = [
     (49, 1030, 63),
     (64, 31, 800),
     (200, 65, 401),
+    (70, 1050, 1025),
+    (400, 40, 800),
 ]
 
 
@@ -57,7 +59,9 @@ def test_the_product_of_the_machine(dtype: torch.dtype) -> None:
     packed = pack(weight)
     assert (packed.n, packed.k, packed.dtype) == (24, 40, dtype)
     close(linear(x, packed), linear_reference(x, weight))
-    close(linear(x, packed, out_dtype=torch.float32), linear_reference(x, weight, out_dtype=torch.float32), 64)
+    close(
+        linear(x, packed, out_dtype=torch.float32), linear_reference(x, weight, out_dtype=torch.float32), 64
+    )
     assert linear(x[:0], packed).shape == (0, 24)
 
 
