@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def paged_attention_reference(
     group = q.shape[1] // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     bounds = cu_seqlens_q.tolist()
-    for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for s, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         at = positions[start:end].long().unsqueeze(1)
@@ -65,9 +66,10 @@ def paged_attention(
 
     Pools: [num_pages, page_size, Hkv, D], contiguous. Rows cu_seqlens_q[s] to cu_seqlens_q[s+1] (int32
     [S+1]) belong to sequence s, whose pages are block_table[s] (int32 [S, max_blocks]). A row at position p
-    (positions: int32 [rows], >= 0) reads the keys at max(0, p - sliding_window + 1) to p. The rows of a sequence
-    ascend in position but need not be consecutive. Query head h reads KV head h // (Hq // Hkv).
-    The values of a head are contiguous in q and out, those of a row in block_table.
+    (positions: int32 [rows], >= 0) reads the keys at max(0, p - sliding_window + 1) to p; no other slot or
+    page matters, whatever is there. The rows of a sequence ascend in position but need not be consecutive.
+    Query head h reads KV head h // (Hq // Hkv). On CPU the last dims of q, out and block_table, and all of
+    cu_seqlens_q and positions, must be contiguous; out may lie in wider rows.
     """
     if q.is_cuda:
         from weaveinf.ops import triton_attention

@@ -1,0 +1,232 @@
+// Attention of many rows of a sequence.
+//
+// The rows, each with the query heads of its KV head, lie in the lanes of panels [dim][NR]. Scores and outputs
+// are computed transposed, keys and dims in the place of rows: so keys and values are read as they lie, and
+// softmax needs no sum across lanes.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+
+namespace weave {
+namespace {
+
+// NR queries of a task, one to a lane. Their bounds ascend with the lanes.
+struct Panel {
+  vi first[NV], end[NV];  // keys that a lane reads
+  vf top[NV], total[NV];
+  float *q, *sums;  // [dim][NR]
+  index_t first_first, last_first, first_end, last_end;
+};
+
+// Keys from `first` on and their values, float32 with row stride `step`.
+struct Block {
+  index_t first, count, step;
+  const float *keys, *values;
+  bool finite;  // the values
+};
+
+// Rows as float32; returns whether all is finite.
+template <class T>
+bool widen(const T* const* rows, index_t count, index_t dim, index_t step, float* to) {
+  vf zero{};
+  for (index_t i = 0; i < count; ++i, to += step) {
+    index_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      const vf x = load_floats(rows[i] + d);
+      zero += x * 0.0f;
+      store(to + d, x);
+    }
+    for (; d < dim; ++d) {
+      to[d] = to_float(rows[i][d]);
+      zero += splat(to[d]) * 0.0f;
+    }
+  }
+  return sum(zero) == 0;
+}
+
+// scores[key][NR] of `count` keys.
+void score(const Panel& p, const float* keys, index_t step, index_t dim, index_t count, float* scores) {
+  const index_t groups = ceil_div(count, MR);
+  for (index_t g = 0; g < groups; ++g) {
+    const index_t key = part(count, groups, g);
+    with_rows(int(part(count, groups, g + 1) - key), [&](auto size) {
+      constexpr int M = size;
+      vf acc[1][M][NV] = {};
+      multiply<Floats, M, 1>(acc, keys + key * step, step, 1, p.q, NR, dim);
+      UNROLL for (int r = 0; r < M; ++r) {
+        UNROLL for (int v = 0; v < NV; ++v) store(scores + (key + r) * NR + v * LANES, acc[0][r][v]);
+      }
+    });
+  }
+}
+
+// Scores of the keys `first` to `first + count` to exponentials; `decay` is what earlier sums shrink by.
+INLINE void soften(Panel& p, index_t first, index_t count, bool masked, float* scores, vf (&decay)[NV]) {
+  UNROLL for (int v = 0; v < NV; ++v) {
+    float* column = scores + v * LANES;
+    const vf before = p.top[v];
+    vf top = before;
+    if (masked) {
+      for (index_t i = 0; i < count; ++i) {
+        const vi key = vi{} + int32_t(first + i);
+        const vf x = load<vf>(column + i * NR);
+        const vf kept = (key >= p.first[v]) & (key < p.end[v]) ? x : splat(NEVER);
+        store(column + i * NR, kept);
+        top = max(kept, top);
+      }
+    } else {
+      for (index_t i = 0; i < count; ++i) top = max(load<vf>(column + i * NR), top);
+    }
+    decay[v] = exp_below(before, top);
+    vf total = p.total[v] * decay[v];
+    for (index_t i = 0; i < count; ++i) {
+      const vf x = exp_below(load<vf>(column + i * NR), top);
+      store(column + i * NR, x);
+      total += x;
+    }
+    p.top[v] = top, p.total[v] = total;
+  }
+}
+
+// sums = sums * decay + values weighted by `weights` [key][NR]. `exact`: what a lane gives no weight must
+// not count, not even times zero, for it may be infinite or NaN.
+void add_values(const Panel& p, const float* values, index_t step, index_t dim, index_t count,
+                const float* weights, const vf (&decay)[NV], bool exact) {
+  const index_t groups = ceil_div(dim, MR);
+  for (index_t g = 0; g < groups; ++g) {
+    const index_t d = part(dim, groups, g);
+    with_rows(int(part(dim, groups, g + 1) - d), [&](auto size) {
+      constexpr int M = size;
+      vf acc[1][M][NV];
+      float* sums = p.sums + d * NR;
+      UNROLL for (int r = 0; r < M; ++r) {
+        UNROLL for (int v = 0; v < NV; ++v)
+          acc[0][r][v] = load<vf>(sums + r * NR + v * LANES) * decay[v];
+      }
+      if (__builtin_expect(exact, 0)) {
+        for (index_t i = 0; i < count * M * NV; ++i) {
+          const index_t key = i / (M * NV), r = i / NV % M, v = i % NV;
+          const vf weight = load<vf>(weights + key * NR + v * LANES);
+          acc[0][r][v] += weight != 0 ? weight * values[key * step + d + r] : vf{};
+        }
+      } else {
+        multiply<Floats, M, 1>(acc, values + d, 1, step, weights, NR, count);
+      }
+      UNROLL for (int r = 0; r < M; ++r) {
+        UNROLL for (int v = 0; v < NV; ++v) store(sums + r * NR + v * LANES, acc[0][r][v]);
+      }
+    });
+  }
+}
+
+void attend(Panel& p, const Block& b, index_t dim, float* scores) {
+  const index_t first = b.first > p.first_first ? b.first : p.first_first;
+  const index_t end = b.first + b.count < p.last_end ? b.first + b.count : p.last_end;
+  if (first >= end) return;
+  const index_t offset = (first - b.first) * b.step;
+  const bool masked = p.first_end < end || p.last_first > first;
+  vf decay[NV];
+  score(p, b.keys + offset, b.step, dim, end - first, scores);
+  soften(p, first, end - first, masked, scores, decay);
+  add_values(p, b.values + offset, b.step, dim, end - first, scores, decay, masked && !b.finite);
+}
+
+template <class T>
+void load_panel(const Call& c, const Task& t, index_t from, Panel& p) {
+  const T* rows[NR];
+  int32_t first[NR], end[NR];
+  const index_t group = c.group();
+  index_t row = t.row + from / group, head = from % group;
+  for (index_t i = 0; i < NR; ++i) {
+    rows[i] = query<T>(c, t, row, head);
+    first[i] = int32_t(c.first(row)), end[i] = int32_t(c.end(row));
+    if (head + 1 < group)
+      ++head;
+    else if (row + 1 < t.row + t.rows)
+      ++row, head = 0;  // lanes behind the last query repeat it
+  }
+  p.first_first = first[0], p.last_first = first[NR - 1];
+  p.first_end = end[0], p.last_end = end[NR - 1];
+  const float scale = float(c.scale);
+  for (int v = 0; v < NV; ++v) {
+    p.first[v] = load<vi>(first + v * LANES), p.end[v] = load<vi>(end + v * LANES);
+    p.top[v] = splat(NEVER), p.total[v] = vf{};
+    float* q = p.q + v * LANES;
+    const T* const* some = rows + v * LANES;
+    index_t d = 0;
+    for (; d + LANES <= c.dim; d += LANES) {
+      vf x[LANES];
+      UNROLL for (int i = 0; i < LANES; ++i) x[i] = load_floats(some[i] + d) * scale;
+      transpose(x);
+      UNROLL for (int i = 0; i < LANES; ++i) store(q + (d + i) * NR, x[i]);
+    }
+    for (; d < c.dim; ++d) {
+      for (int i = 0; i < LANES; ++i) q[d * NR + i] = to_float(some[i][d]) * scale;
+    }
+  }
+  __builtin_memset(p.sums, 0, size_t(c.dim * NR) * 4);
+}
+
+template <class T>
+void emit_panel(const Call& c, const Task& t, index_t from, const Panel& p, float* rows) {
+  const index_t step = round_up(c.dim, LANES), group = c.group();
+  index_t row = t.row + from / group, head = from % group;
+  for (int v = 0; v < NV; ++v) {
+    for (index_t d = 0; d < c.dim; d += LANES) {  // behind the last dim is memory, whatever it holds
+      vf x[LANES];
+      UNROLL for (int i = 0; i < LANES; ++i) x[i] = load<vf>(p.sums + (d + i) * NR + v * LANES);
+      transpose(x);
+      UNROLL for (int i = 0; i < LANES; ++i) store(rows + i * step + d, x[i]);
+    }
+    for (index_t i = 0; i < LANES && row < t.row + t.rows; ++i) {
+      emit<T>(c, t, row, head, p.top[v][i], p.total[v][i], rows + i * step);
+      if (++head == group) ++row, head = 0;
+    }
+  }
+}
+
+// Moves `key` on to the next key that any of the task's rows reads (`row`: the first that reads on) and
+// returns how many from there are read, at most KEYS; 0 at the end. Keys between the windows of two rows
+// may have lost their pages.
+index_t next_run(const Call& c, const Task& t, index_t& row, index_t& key) {
+  const index_t behind = t.row + t.rows;
+  while (row < behind && c.end(row) <= key) ++row;
+  if (row == behind) return 0;
+  key = key > c.first(row) ? key : c.first(row);
+  index_t end = c.end(row);
+  for (index_t r = row + 1; r < behind && end < key + KEYS && c.first(r) <= end; ++r) end = c.end(r);
+  end = end < t.end ? end : t.end;
+  const index_t count = end - key < KEYS ? end - key : KEYS;
+  return count > 0 ? count : 0;
+}
+
+template <class T>
+void many_rows(const Call& c, const Task& t) {
+  // Not a power of two, to spread over the cache's sets.
+  const index_t step = round_up(c.dim, 16) + 16, size = round_up(c.dim, LANES) * NR;
+  const index_t panels = ceil_div(t.rows * c.group(), NR);
+  float* scores = scratch.get<float>(KEYS * NR + 2 * KEYS * step + (2 * panels + 1) * size);
+  float *keys = scores + KEYS * NR, *values = keys + KEYS * step, *rest = values + KEYS * step;
+  static thread_local std::vector<Panel> all;
+  all.resize(size_t(panels));
+  for (index_t i = 0; i < panels; ++i) {
+    all[i].q = rest + 2 * i * size, all[i].sums = all[i].q + size;
+    load_panel<T>(c, t, i * NR, all[i]);
+  }
+  const T* rows[KEYS];
+  index_t row = t.row, key = t.first;
+  while (const index_t count = next_run(c, t, row, key)) {
+    find(c, t, c.keys, key, count, rows);
+    widen(rows, count, c.dim, step, keys);
+    find(c, t, c.values, key, count, rows);
+    const bool finite = widen(rows, count, c.dim, step, values);
+    for (Panel& p : all) attend(p, {key, count, step, keys, values, finite}, c.dim, scores);
+    key += count;
+  }
+  for (index_t i = 0; i < panels; ++i) emit_panel<T>(c, t, i * NR, all[i], rest + 2 * panels * size);
+}
+
+}  // namespace
+}  // namespace weave
