@@ -180,15 +180,17 @@ class _Driver(threading.Thread):
             raise self.failure
         if self._supervisor is not None:
             assert self.worker is not None
+            sent = False
             try:
                 self.worker.ranks.control.send(step.pack())
+                sent = True
             except RankDied as error:
                 self._supervisor.accuse(error)
-                while True:
-                    self.take()  # until the verdict comes
             except BaseException:
                 self._broken = True  # the others may have a step that this rank has not
                 raise
+            while not sent:
+                self.take()  # until the verdict comes
             self._supervisor.submitted += 1
         self._steps.put(step)
 

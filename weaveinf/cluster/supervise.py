@@ -90,8 +90,9 @@ class Supervisor(threading.Thread):
 
     def accuse(self, error: Exception) -> None:
         """Rank 0 cannot go on; whose fault that is will be found out and told."""
-        self._ends[0] = End.of(error, loading=not self._loaded)
-        self._own = error
+        if self._own is None or self._ends[0].echo:
+            self._own = error
+            self._ends[0] = End.of(error, loading=not self._loaded)
 
     def leave(self, at_once: bool) -> None:
         """From now on ranks may end, as they were told to stop; or are ended at once."""

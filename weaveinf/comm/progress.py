@@ -87,3 +87,4 @@ class Progress:
             self._jobs.put(None)
             self._thread.join(timeout=1.0)
             self._thread = None
+        self._failure = None  # its frames hold the connections
