@@ -80,7 +80,9 @@ def encode(
     streams: dict[str, list[int]] = {kind: [] for kind in MIXTURE}
     held_out: list[int] = []
     end = tokenizer.convert_tokens_to_ids(corpus.END)
-    for document, ids in zip(shuffled, tokenizer([d.text for d in shuffled])["input_ids"], strict=True):
+    for document, ids in zip(
+        shuffled, tokenizer([d.text for d in shuffled], verbose=False)["input_ids"], strict=True
+    ):
         (held_out if document.held_out else streams[document.kind]).extend([*ids, end])
     return {kind: torch.tensor(ids) for kind, ids in streams.items()}, torch.tensor(held_out)
 
@@ -234,7 +236,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--export", type=Path, default=HERE / "run" / "model")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=180, help="seconds")
     options = parser.parse_args()
