@@ -123,7 +123,9 @@ def test_a_stopped_rank_is_ended(
     with pytest.raises(RankDied, match="no sign of life for 4 s") as caught:
         tokens(cluster, 0, 2)
     assert caught.value.rank == 2
-    assert "follow" in capfd.readouterr().err  # the stacks of all ranks
+    shown = capfd.readouterr().err.splitlines()
+    for place in ("[rank 1]", "[rank 2]"):
+        assert any(line.startswith(place) and "in follow" in line for line in shown)
     footprint.check()
 
 

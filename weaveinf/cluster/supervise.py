@@ -72,6 +72,7 @@ class Supervisor(threading.Thread):
         now = time.monotonic()
         self._began = self._ticked = self._beaten = self._waited = now
         self._trouble: float | None = None
+        self._hung = False
         self._seen = dict.fromkeys(range(board.size), now)
         self._moved = dict.fromkeys(range(board.size), now)
 
@@ -112,6 +113,10 @@ class Supervisor(threading.Thread):
         except Exception as error:  # the store is gone, or no process can be started
             self.verdict = error
         finally:
+            if self.verdict is not None:
+                self._tell(self.verdict)
+            if self._hung:
+                self._print_stacks()
             self._end_others()
             self._board.close()
             self._met.set()
@@ -183,7 +188,7 @@ class Supervisor(threading.Thread):
             if not end.echo:
                 return self._own if rank == 0 else RankDied(rank, end.words)
         if silent:
-            self._print_stacks()
+            self._hung = True
             return RankDied(silent[0], f"no sign of life for {LOST_S:.0f} s; it hangs or is stopped")
         if now - self._trouble < ECHO_S:
             return None
@@ -195,7 +200,7 @@ class Supervisor(threading.Thread):
             slow = [r for r, beat in self._beats.items() if beat.state == "loading"]
             names = f"rank{'s' if len(slow) > 1 else ''} {', '.join(map(str, slow))}"
             if now - self._began > LOADING_S:
-                self._print_stacks()
+                self._hung = True
                 return RankDied(slow[0], f"{names} did not load within {LOADING_S:.0f} s")
             if now - self._waited > WAITING_S and self._state == "running":
                 self._waited = now
@@ -206,7 +211,7 @@ class Supervisor(threading.Thread):
             return None
         behind = min(beat.steps for beat in self._beats.values())
         still = [r for r, beat in sorted(self._beats.items()) if beat.steps == behind]
-        self._print_stacks()
+        self._hung = True
         names = ", ".join(map(str, still))
         return RankDied(
             still[0] if len(still) == 1 else None,
@@ -220,15 +225,16 @@ class Supervisor(threading.Thread):
         faulthandler.dump_traceback(STDERR, all_threads=True)
         for process in self._near().values():
             process.send(signal.SIGUSR1)
-            process.send(signal.SIGCONT)
-        self._board.call_off(stacks=True)
+            process.send(signal.SIGCONT)  # one that is stopped prints nothing
+        with suppress(RuntimeError):  # the store is gone
+            self._board.call_off(stacks=True)
         time.sleep(2 * BEAT_S)
 
     def _end_others(self) -> None:
-        """Sees to it that no other rank is left, then tells the verdict.
+        """Sees to it that no other rank is left.
 
-        Another launcher kills rank 0 as soon as it sees a rank fail; there rank 0 is told first, and the
-        others get the time that it needs to tell the user.
+        Another launcher kills rank 0 as soon as it sees a rank fail, so there the others get the time
+        that rank 0 needs to tell the user.
         """
         grace = 0.0 if self.verdict is not None or self._at_once else LEAVE_S
         if self._children is not None and not self._children.wait(grace):
@@ -237,8 +243,6 @@ class Supervisor(threading.Thread):
             if not self._children.wait(KILL_S):
                 self._children.signal(signal.SIGKILL)
                 self._children.wait(KILL_S)
-        if self.verdict is not None:
-            self._tell(self.verdict)
         if self._children is None:
             if self.verdict is not None:
                 self.over.set()
