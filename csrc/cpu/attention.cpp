@@ -17,6 +17,9 @@ constexpr index_t SERIAL = 1 << 18;      // multiply-adds that are not worth wak
 thread_local Scratch partial_scratch;
 thread_local std::vector<Task> tasks;
 
+// Whether the kernel of single rows takes it.
+bool single(const Call& c, index_t rows) { return rows == 1 && c.dim % LANES == 0; }
+
 // Makes tasks of at most `most` rows; a sequence's last rows, which read most, come first. Returns the
 // multiply-adds of one of the two products.
 index_t divide(const Call& c, index_t most) {
@@ -27,8 +30,10 @@ index_t divide(const Call& c, index_t most) {
     for (index_t i = tiles; i-- > 0;) {
       const index_t row = start + part(rows, tiles, i), behind = start + part(rows, tiles, i + 1);
       const index_t first = c.first(row), end = c.end(behind - 1);
-      for (index_t head = 0; head < c.kv_heads; ++head)
-        tasks.push_back({s, head, row, behind - row, first, end, nullptr, 1});
+      // A single row reads all heads of a key at once: one after another they lie in memory.
+      const index_t heads = single(c, behind - row) ? c.kv_heads : 1;
+      for (index_t head = 0; head < c.kv_heads; head += heads)
+        tasks.push_back({s, head, heads, row, behind - row, first, end, nullptr, 1});
       total += (behind - row) * c.heads * c.dim * (end - first);
     }
   }
@@ -65,7 +70,7 @@ const std::vector<Task>& share_keys(const Call& c, index_t wanted) {
 template <class T>
 void merge(const Call& c, Task t) {
   float* const partial = std::exchange(t.partial, nullptr);
-  for (index_t i = 0; i < t.rows * c.group(); ++i) {
+  for (index_t i = 0; i < t.rows * t.heads(c); ++i) {
     float* all = partial + i * (c.dim + 2);
     for (index_t n = 1; n < t.shares; ++n) {
       const float* one = all + n * t.partial_floats(c);
@@ -74,7 +79,7 @@ void merge(const Call& c, Task t) {
       all[0] = top;
       for (index_t d = 1; d < c.dim + 2; ++d) all[d] = all[d] * weights[0] + one[d] * weights[1];
     }
-    emit<T>(c, t, t.row + i / c.group(), i % c.group(), all[0], all[1], all + 2);
+    emit<T>(c, t, t.row + i / t.heads(c), i % t.heads(c), all[0], all[1], all + 2);
   }
 }
 
@@ -93,7 +98,7 @@ void attention(const Call& c) {
   const std::vector<Task>& all = tasks;  // this thread's
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
   for (size_t i = 0; i < all.size(); ++i) {
-    if (all[i].rows == 1 && c.dim % LANES == 0)
+    if (single(c, all[i].rows))
       one_row_of<T>(c, all[i]);
     else
       many_rows<T>(c, all[i]);

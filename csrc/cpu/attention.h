@@ -24,14 +24,15 @@ struct Call {
   index_t first(index_t row) const { return end(row) > window ? end(row) - window : 0; }
 };
 
-// Rows `row` to `row + rows` of a sequence with the query heads of one KV head, over the keys `first` to
+// Rows `row` to `row + rows` of a sequence with the query heads of some KV heads, over the keys `first` to
 // `end`. Where these are one of several shares of the rows' keys, the outcome goes to `partial`, per row and
 // head: the highest score, the sum of exponentials, the weighted values.
 struct Task {
-  index_t sequence, kv_head, row, rows, first, end;
+  index_t sequence, kv_head, kv_heads, row, rows, first, end;
   float* partial;
   index_t shares;
-  index_t partial_floats(const Call& c) const { return rows * c.group() * (c.dim + 2); }
+  index_t heads(const Call& c) const { return kv_heads * c.group(); }
+  index_t partial_floats(const Call& c) const { return rows * heads(c) * (c.dim + 2); }
 };
 
 constexpr index_t KEYS = 64;  // keys in a block: K and V as float32 stay in the second-level cache
@@ -106,7 +107,8 @@ const T* query(const Call& c, const Task& t, index_t row, index_t head) {
   return static_cast<const T*>(c.q) + row * c.q_row + (t.kv_head * c.group() + head) * c.q_head;
 }
 
-// Where `count` keys or values from `first` on lie in their pool.
+// Where `count` keys or values from `first` on lie in their pool: those of the task's first KV head, the
+// other heads' behind.
 template <class T>
 void find(const Call& c, const Task& t, const void* pool, index_t first, index_t count, const T** rows) {
   const int32_t* page = c.table + t.sequence * c.table_row + first / c.page_size;
@@ -123,7 +125,7 @@ template <class T>
 void emit(const Call& c, const Task& t, index_t row, index_t head, float top, float total,
           const float* sums) {
   if (t.partial) {
-    float* to = t.partial + ((row - t.row) * c.group() + head) * (c.dim + 2);
+    float* to = t.partial + ((row - t.row) * t.heads(c) + head) * (c.dim + 2);
     to[0] = top, to[1] = total;
     __builtin_memcpy(to + 2, sums, size_t(c.dim) * 4);
     return;

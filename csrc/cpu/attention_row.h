@@ -10,6 +10,7 @@ namespace {
 // Query heads that share a loaded key, at most; and vectors of their sums at a time.
 constexpr int MOST_HEADS = LANES >= 8 && REGISTERS == 32 ? 8 : 4;
 constexpr int SUMS = REGISTERS / 2;
+constexpr index_t BLOCK_BYTES = 1 << 17;  // keys and values of a block stay in the second-level cache
 
 // Vectors of a row. Two of bfloat16 are the even and the odd elements: no shuffle. Queries come alike.
 INLINE void load_vectors(const float* p, vf (&to)[2]) { to[0] = load<vf>(p), to[1] = load<vf>(p + LANES); }
@@ -31,11 +32,27 @@ INLINE void for_vectors(index_t dim, F&& f) {
   if (d < dim) f(d, std::integral_constant<int, 1>{});
 }
 
+// Memory wanted for the next block, asked for little by little: a burst would stall the loads of this one.
+struct Feed {
+  const char* const* rows;
+  index_t count, bytes, rate = 0, offset = 0;  // rows that are left, their bytes, lines at a time
+
+  INLINE void operator()(index_t times) {
+    for (index_t i = times * rate; i > 0 && count > 0; --i) {
+      __builtin_prefetch(*rows + offset, 0, 2);
+      if ((offset += 64) >= bytes) offset = 0, ++rows, --count;
+    }
+  }
+};
+constexpr int SCORE_LINES = 4;  // as long as so many steps of add_row takes one of score_row
+
 // scores[key][H] of `count` keys, and of repeats of the last to a whole vector.
 template <int H, class T>
-INLINE void score_row(const float* q, index_t dim, const T* const* keys, index_t count, float* scores) {
+INLINE void score_row(const float* q, index_t dim, const T* const* keys, index_t count, float* scores,
+                      Feed& feed) {
   constexpr int AT_ONCE = LANES / H;
   for (index_t i = 0; i < count; i += AT_ONCE) {
+    feed(SCORE_LINES);
     vf acc[LANES] = {};
     for_vectors<1>(dim, [&](index_t d, auto vectors) {
       constexpr int V = vectors;
@@ -56,7 +73,7 @@ INLINE void score_row(const float* q, index_t dim, const T* const* keys, index_t
 // sums[h][dim] = sums * decay + values weighted by `weights` [key][H].
 template <int H, class T>
 INLINE void add_row(float* sums, index_t dim, const float* decay, const float* weights,
-                    const T* const* values, index_t count) {
+                    const T* const* values, index_t count, Feed& feed) {
   for_vectors<SUMS / H / 2>(dim, [&](index_t d, auto vectors) {
     constexpr int V = vectors, AT_ONCE = V < 2 ? V : 2;
     vf acc[H][V];
@@ -64,6 +81,7 @@ INLINE void add_row(float* sums, index_t dim, const float* decay, const float* w
       UNROLL for (int v = 0; v < V; ++v) acc[h][v] = load<vf>(sums + h * dim + d + v * LANES) * decay[h];
     }
     for (index_t i = 0; i < count; ++i) {
+      feed(1);
       UNROLL for (int v = 0; v < V; v += AT_ONCE) {
         vf value[AT_ONCE];
         load_vectors(values[i] + d + v * LANES, value);
@@ -89,19 +107,12 @@ INLINE void restore_order(float* sums, index_t dim) {
   }
 }
 
-template <class T>
-INLINE void prefetch(const T* const* rows, index_t count, index_t dim) {
-  for (index_t i = 0; i < count; ++i) {
-    for (index_t d = 0; d < dim; d += 64 / index_t(sizeof(T))) __builtin_prefetch(rows[i] + d);
-  }
-}
-
 // H heads of a row over one block. tops, totals: lane i is of head i % H.
 template <int H, class T>
 INLINE void attend_row(index_t dim, const float* q, const T* const* keys, const T* const* values,
-                       index_t count, float* sums, float* tops, float* totals) {
+                       index_t count, float* sums, float* tops, float* totals, Feed& feed) {
   float scores[KEYS * H + LANES], decay[LANES];
-  score_row<H>(q, dim, keys, count, scores);
+  score_row<H>(q, dim, keys, count, scores, feed);
   for (index_t s = count * H; s % LANES; ++s) scores[s] = NEVER;
   const vf before = load<vf>(tops);
   vf top = before;
@@ -115,47 +126,62 @@ INLINE void attend_row(index_t dim, const float* q, const T* const* keys, const 
     total += x;
   }
   store(tops, top), store(totals, total), store(decay, fade);
-  add_row<H>(sums, dim, decay, scores, values, count);
+  add_row<H>(sums, dim, decay, scores, values, count, feed);
 }
 
+// The query heads of each KV head lie in `chunks` of H, those that are missing with a query of zeros.
 template <int H, class T>
 void one_row(const Call& c, const Task& t) {
-  const index_t group = c.group(), chunks = ceil_div(group, H), size = H * c.dim;
-  float* q = scratch.get<float>(2 * chunks * (size + LANES));
-  float *sums = q + chunks * size, *totals = sums + chunks * size, *tops = totals + chunks * LANES;
+  const index_t group = c.group(), chunks = ceil_div(group, H), all = t.kv_heads * chunks;
+  const index_t size = H * c.dim;
+  float* q = scratch.get<float>(2 * all * (size + LANES));
+  float *sums = q + all * size, *totals = sums + all * size, *tops = totals + all * LANES;
   __builtin_memset(q, 0, size_t(tops - q) * 4);
-  for (index_t i = 0; i < chunks; ++i) store(tops + i * LANES, splat(NEVER));
-  for (index_t g = 0; g < group; ++g) {
+  for (index_t i = 0; i < all; ++i) store(tops + i * LANES, splat(NEVER));
+  const auto place = [&](index_t head) {
+    return (head / group * chunks + head % group / H) * size + head % group % H * c.dim;
+  };
+  for (index_t head = 0; head < t.heads(c); ++head) {
     for_vectors<1>(c.dim, [&](index_t d, auto vectors) {
       vf x[vectors];
-      load_vectors(query<T>(c, t, t.row, g) + d, x);
-      for (int v = 0; v < vectors; ++v) store(q + g * c.dim + d + v * LANES, x[v] * float(c.scale));
+      load_vectors(query<T>(c, t, t.row, head) + d, x);
+      for (int v = 0; v < vectors; ++v) store(q + place(head) + d + v * LANES, x[v] * float(c.scale));
     });
   }
-  const T *keys[2][KEYS + LANES], *values[KEYS];
-  index_t count = 0, next = t.end - t.first < KEYS ? t.end - t.first : KEYS;
-  find(c, t, c.keys, t.first, next, keys[0]);
-  prefetch(keys[0], next, c.dim);
+  const index_t width = t.kv_heads * c.dim;
+  index_t block = BLOCK_BYTES / (2 * width * index_t(sizeof(T))) / LANES * LANES;
+  block = block < LANES ? LANES : block > KEYS ? KEYS : block;
+  const T *rows[2][2 * KEYS], *keys[KEYS + LANES], *values[KEYS];
+  const auto locate = [&](index_t key, const T** to) {  // keys, then values
+    const index_t count = t.end - key < block ? t.end - key : block;
+    find(c, t, c.keys, key, count, to);
+    find(c, t, c.values, key, count, to + count);
+    return count;
+  };
+  const index_t steps = all * (ceil_div(block, LANES / H) * SCORE_LINES + block * (c.dim / LANES));
+  index_t count = 0, next = locate(t.first, rows[0]);
+  Feed{reinterpret_cast<const char* const*>(rows[0]), 2 * next, width * index_t(sizeof(T)), 1}(1 << 20);
   for (index_t key = t.first, turn = 0; key < t.end; key += count, turn ^= 1) {
     count = next;
-    next = t.end - key - count < KEYS ? t.end - key - count : KEYS;
-    // The pages are anywhere: ask for what comes after these keys before these are used.
-    find(c, t, c.values, key, count, values);
-    prefetch(values, count, c.dim);
-    find(c, t, c.keys, key + count, next, keys[turn ^ 1]);
-    prefetch(keys[turn ^ 1], next, c.dim);
-    for (index_t i = count; i % (LANES / H); ++i) keys[turn][i] = keys[turn][count - 1];
-    for (index_t i = 0; i < chunks; ++i)
-      attend_row<H>(c.dim, q + i * size, keys[turn], values, count, sums + i * size, tops + i * LANES,
-                    totals + i * LANES);
-  }
-  for (index_t i = 0; i < chunks; ++i) {
-    const vf total = fold_lanes<H>(load<vf>(totals + i * LANES), [](vf a, vf b) { return a + b; });
-    for (index_t h = 0; h < H && i * H + h < group; ++h) {
-      float* of_head = sums + i * size + h * c.dim;
-      restore_order<T>(of_head, c.dim);
-      emit<T>(c, t, t.row, i * H + h, tops[i * LANES + h], total[h], of_head);
+    next = locate(key + count, rows[turn ^ 1]);
+    Feed feed{reinterpret_cast<const char* const*>(rows[turn ^ 1]), 2 * next, width * index_t(sizeof(T))};
+    feed.rate = ceil_div(feed.count * ceil_div(feed.bytes, 64), steps);
+    for (index_t kv = 0; kv < t.kv_heads; ++kv) {
+      for (index_t i = 0; i < count; ++i) {
+        keys[i] = rows[turn][i] + kv * c.dim;
+        values[i] = rows[turn][count + i] + kv * c.dim;
+      }
+      for (index_t i = count; i % (LANES / H); ++i) keys[i] = keys[count - 1];
+      for (index_t i = kv * chunks; i < (kv + 1) * chunks; ++i)
+        attend_row<H>(c.dim, q + i * size, keys, values, count, sums + i * size, tops + i * LANES,
+                      totals + i * LANES, feed);
     }
+  }
+  for (index_t head = 0; head < t.heads(c); ++head) {
+    const index_t lanes = place(head) / size * LANES, lane = head % group % H;
+    const vf total = fold_lanes<H>(load<vf>(totals + lanes), [](vf a, vf b) { return a + b; });
+    restore_order<T>(sums + place(head), c.dim);
+    emit<T>(c, t, t.row, head, tops[lanes + lane], total[lane], sums + place(head));
   }
 }
 
