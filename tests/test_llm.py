@@ -122,7 +122,7 @@ def test_a_bad_prompt_is_named_and_harms_nobody(llm: LLM, prompt: object, words:
     with pytest.raises(ValueError, match=words) as caught:
         llm.generate(["The module", prompt], GREEDY)  # type: ignore[list-item]
     assert str(caught.value).startswith("prompt 1: ") and "\n" not in str(caught.value)
-    assert not llm.engine.scheduler.has_work
+    assert llm.engine.scheduler.num_running == llm.engine.scheduler.num_waiting == 0
     assert llm.generate("The module", GREEDY)[0].token_ids == good.token_ids
 
 

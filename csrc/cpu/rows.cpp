@@ -59,6 +59,14 @@ void rms_norm(const T* x, index_t row_stride, index_t head_stride, const T* weig
   });
 }
 
+// x * scale, rounded: the compiler must not fuse it with the addition that follows, since all seams are to
+// have the same residual to the bit.
+INLINE vf scaled(vf x, float scale) {
+  vf y = x * scale;
+  if (scale != 1.0f) asm("" : "+m"(y));
+  return y;
+}
+
 template <class T>
 void add_rms_norm(const void* const* partials, index_t count, T* residual, const T* weight, T* out,
                   index_t rows, index_t dim, float eps, float offset, float scale, index_t threads) {
@@ -70,13 +78,13 @@ void add_rms_norm(const void* const* partials, index_t count, T* residual, const
           vf total = load_floats(static_cast<const T*>(partials[0]) + r * dim + i);
           for (index_t p = 1; p < count; ++p)
             total += load_floats(static_cast<const T*>(partials[p]) + r * dim + i);
-          store_floats(kept + i, load_floats(kept + i) + total * scale);
+          store_floats(kept + i, load_floats(kept + i) + scaled(total, scale));
         },
         [&](index_t i) {
           float total = to_float(static_cast<const T*>(partials[0])[r * dim + i]);
           for (index_t p = 1; p < count; ++p)
             total += to_float(static_cast<const T*>(partials[p])[r * dim + i]);
-          from_float(to_float(kept[i]) + total * scale, kept + i);
+          from_float(to_float(kept[i]) + scaled(splat(total), scale)[0], kept + i);
         });
     normalise(kept, weight, dim, eps, offset, out + r * dim);
   });

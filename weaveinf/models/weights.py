@@ -197,20 +197,31 @@ class Weights:
         self._progress = progress
         self._used: set[str] = set()
         self._missing: list[str] = []
+        # Raw weights on their way into packed ones share this memory: freed one by one, they would leave
+        # holes of their sizes in the heap.
+        self._passage = torch.empty(0, dtype=torch.uint8)
 
     def has(self, name: str) -> bool:
         return self.source.find(name) is not None
 
     def tensor(self, *pieces: Piece, pad: int = 0) -> Tensor:
         """The pieces one below the other, then `pad` rows of zeros, in the model's dtype."""
-        return self._gather(pieces, pad)
+        return self._gather(pieces, pad, lambda shape: torch.empty(shape, dtype=self.dtype))
 
     def packed(self, *pieces: Piece, pad: int = 0) -> PackedWeight:
         """The same as `tensor`, packed for `ops.linear`; the raw copy is dropped at once."""
-        raw = self._gather(pieces, pad)
+        raw = self._gather(pieces, pad, self._room)
         return cast(PackedWeight, None) if self.survey else pack(raw)
 
-    def _gather(self, pieces: Sequence[Piece], pad: int) -> Tensor:
+    def _room(self, shape: tuple[int, ...]) -> Tensor:
+        size = prod(shape) * self.dtype.itemsize
+        if self._passage.shape[0] < size:
+            self._passage = torch.empty(size, dtype=torch.uint8)
+        return self._passage[:size].view(self.dtype).view(shape)
+
+    def _gather(
+        self, pieces: Sequence[Piece], pad: int, room: Callable[[tuple[int, ...]], Tensor]
+    ) -> Tensor:
         for piece in pieces:
             self._look(piece)
         *_, width = extent = pieces[0].extent
@@ -220,7 +231,7 @@ class Weights:
         if self.survey:
             self.total += size
             return torch.empty(0)
-        whole = torch.empty(shape, dtype=self.dtype)
+        whole = room(shape)
         at = 0
         for piece, count in zip(pieces, ends, strict=True):
             self.source.read(piece, whole[at : at + count])

@@ -38,7 +38,7 @@ def linear_reference(
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """Packs weight [N, K] for `linear`; the caller drops its own reference to save the memory."""
+    """Packs weight [N, K] for `linear`, which keeps no reference to the caller's memory."""
     if weight.device.type == "cpu" and weight.dtype in native.DTYPES:
         if weight.dtype == torch.bfloat16 and native.onednn:
             # AVX-512 and AMX: oneDNN's kernels know them.
@@ -107,6 +107,7 @@ def _cuda(weight: Tensor) -> Product:
 
 def _torch(weight: Tensor) -> Product:
     """torch's own product; float32 results from half-precision weights take a detour."""
+    weight = weight.clone()
 
     def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if out.dtype == weight.dtype:
