@@ -10,7 +10,8 @@ from weaveinf.commands.report import what_ran
 from weaveinf.engine.request import SamplingParams
 from weaveinf.llm import LLM
 
-PROMPT = "The function returns a list of"
+PROMPT = "An object is said to be"
+SEED = 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace) -> None:
         print(prompt, end="", flush=True)
         began = time.perf_counter()
         tokens = 0
-        for _, text in llm.stream(prompt, SamplingParams(temperature=0.7, seed=0, max_tokens=120)):
+        params = SamplingParams(temperature=0.6, top_p=0.9, seed=SEED, max_tokens=120)
+        for _, text in llm.stream(prompt, params):
             print(text, end="", flush=True)
             tokens += 1
         seconds = time.perf_counter() - began
