@@ -75,6 +75,13 @@ def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch, dtype
     close(linear(x, pack(weight), out_dtype=torch.float32), want, 64)
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    packed = pack(torch.eye(8))
+    for x, out in ((torch.ones(2, 7), None), (torch.ones(2, 8), torch.ones(2, 9))):
+        with pytest.raises(ValueError, match="times a weight"):
+            linear(x, packed, out=out)
+
+
 def test_a_packed_weight_lives_as_long_as_it_is_used() -> None:
     packed = pack(torch.eye(64))
     for _ in range(20):

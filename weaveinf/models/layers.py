@@ -295,7 +295,7 @@ class ExpertMlp:
         self.experts = experts = config.experts
         hidden, inner, count = config.hidden_size, experts.intermediate_size, experts.count
         own = parts.share.of(inner)
-        self.router = weights.packed(rows(f"{name}.gate.weight", count, hidden, range(count)))
+        self.router = weights.packed(rows(f"{name}.gate.weight", count, hidden, range(count)), wide=True)
         self.gate_up: list[PackedWeight] = []
         self.down: list[PackedWeight] = []
         fused = weights.has(f"{name}.experts.gate_up_proj")
@@ -330,7 +330,7 @@ class Head:
         piece = rows(name, config.vocab_size, config.hidden_size, share.vocab)
         self.real = len(share.vocab)
         self.padded = share.vocab_shard > self.real
-        self.weight = parts.weights.packed(piece, pad=share.vocab_shard - self.real)
+        self.weight = parts.weights.packed(piece, pad=share.vocab_shard - self.real, wide=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = linear(x, self.weight, out_dtype=torch.float32)

@@ -208,10 +208,10 @@ class Weights:
         """The pieces one below the other, then `pad` rows of zeros, in the model's dtype."""
         return self._gather(pieces, pad, lambda shape: torch.empty(shape, dtype=self.dtype))
 
-    def packed(self, *pieces: Piece, pad: int = 0) -> PackedWeight:
-        """The same as `tensor`, packed for `ops.linear`; the raw copy is dropped at once."""
+    def packed(self, *pieces: Piece, pad: int = 0, wide: bool = False) -> PackedWeight:
+        """The same as `tensor`, packed for `ops.linear` (see `pack`); the raw copy is dropped at once."""
         raw = self._gather(pieces, pad, self._room)
-        return cast(PackedWeight, None) if self.survey else pack(raw)
+        return cast(PackedWeight, None) if self.survey else pack(raw, wide)
 
     def _room(self, shape: tuple[int, ...]) -> Tensor:
         size = prod(shape) * self.dtype.itemsize

@@ -37,10 +37,13 @@ def linear_reference(
     return f.to(out_dtype or x.dtype) if out is None else out.copy_(f)
 
 
-def pack(weight: Tensor) -> PackedWeight:
-    """Packs weight [N, K] for `linear`, which keeps no reference to the caller's memory."""
+def pack(weight: Tensor, wide: bool = False) -> PackedWeight:
+    """Packs weight [N, K] for `linear`, which keeps no reference to the caller's memory.
+
+    wide: its products are wanted in float32 (oneDNN would round them to bfloat16 first).
+    """
     if weight.device.type == "cpu" and weight.dtype in native.DTYPES:
-        if weight.dtype == torch.bfloat16 and native.onednn:
+        if weight.dtype == torch.bfloat16 and native.onednn and not (wide and native.lib):
             # AVX-512 and AMX: oneDNN's kernels know them.
             return PackedWeight(weight, _onednn(weight))
         if native.lib is not None:
@@ -132,6 +135,8 @@ def linear(
     """
     if out is None:
         out = torch.empty((x.shape[0], w.n), dtype=out_dtype or x.dtype, device=x.device)
+    if x.shape[1] != w.k or out.shape[1] != w.n or out.shape[0] != x.shape[0]:
+        raise ValueError(f"{list(x.shape)} times a weight [{w.n}, {w.k}] into {list(out.shape)}")
     if x.shape[0]:
         w.product(x, bias, out)
     return out
