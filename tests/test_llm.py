@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,39 @@ def test_a_bad_prompt_is_named_and_harms_nobody(llm: LLM, prompt: object, words:
     assert str(caught.value).startswith("prompt 1: ") and "\n" not in str(caught.value)
     assert llm.engine.scheduler.num_running == llm.engine.scheduler.num_waiting == 0
     assert llm.generate("The module", GREEDY)[0].token_ids == good.token_ids
+
+
+def test_streams_and_threads_share_a_model(llm: LLM) -> None:
+    alone = [llm.generate(p, GREEDY)[0].text for p in ("The class", "Return the", "A list")]
+    outer, inner = "", ""
+    for _, text in llm.stream("The class", GREEDY):
+        outer += text
+        inner = inner or llm.generate("Return the", GREEDY)[0].text
+    assert [outer, inner] == alone[:2]
+    with ThreadPoolExecutor(3) as threads:
+        found = threads.map(lambda p: llm.generate(p, GREEDY)[0].text, ["The class", "Return the", "A list"])
+    assert list(found) == alone
+    assert not llm._inboxes
+
+
+def test_nothing_stays_queued_when_a_prompt_or_params_are_wrong(llm: LLM) -> None:
+    for prompts, params in ((["a", None], GREEDY), (["a", "b"], [GREEDY, {}]), ([b"a", "b"], GREEDY)):
+        with pytest.raises(ValueError):
+            llm.generate(prompts, params)  # type: ignore[arg-type]
+    assert llm.engine.scheduler.num_waiting == 0
+
+
+def test_a_fork_cannot_use_the_engine(llm: LLM) -> None:
+    expected = llm.generate("The class", GREEDY)[0].text
+    child = os.fork()
+    if child == 0:
+        try:
+            llm.generate("The module", GREEDY)
+        except RuntimeError as error:
+            os._exit(0 if "fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert llm.generate("The class", GREEDY)[0].text == expected
 
 
 def test_settings_are_checked_before_anything_starts() -> None:

@@ -68,10 +68,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
         import_module(f"weaveinf.commands.{args.command}").run(args)
+    except BrokenPipeError:
+        # Whoever read our output has had enough; what is still buffered must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILURE)
+    except (RuntimeError, TimeoutError) as error:
+        _end(error, FAILURE)
     except (ValueError, OSError) as error:
         _end(error, USAGE_ERROR)
-    except RuntimeError as error:
-        _end(error, FAILURE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     sys.exit(0)

@@ -63,7 +63,7 @@ class EngineConfig:
         _int_in("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
         _int_in("seed", self.seed, 0, (1 << 63) - 1)
         if self.max_model_len is not None:
-            _int_in("max_model_len", self.max_model_len, 1, 1 << 24)
+            _int_in("max_model_len", self.max_model_len, 2, 1 << 24)
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens="

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -20,7 +23,8 @@ class LLM:
 
     Starts `tensor_parallel_size` ranks, of which the calling process is the first, and ends them with
     `close()`, at the end of a `with` block or of the process. Under torchrun the ranks are torchrun's:
-    rank 0 returns from the constructor, the others serve it and exit.
+    rank 0 returns from the constructor, the others serve it and exit. Threads may share one object, and
+    one thread may run several streams at a time: they are served together.
 
     Args:
         model: a directory in the Hugging Face layout, or a hub id.
@@ -37,6 +41,8 @@ class LLM:
             known = ", ".join(sorted(EngineConfig.__dataclass_fields__))
             raise ValueError(f"unknown setting {min(unknown)!r}; there are: {known}")
         self.config = EngineConfig(model=str(model), **settings)
+        self._lock = threading.Lock()
+        self._inboxes: dict[int, deque[Update]] = {}
         executor = launch(self.config, _LoadingBar() if show_progress else None)
         try:
             self.engine = Engine(executor)
@@ -81,15 +87,17 @@ class LLM:
         """Like `generate`, but yields (index of the prompt, text that came next) as it comes.
 
         The pieces of one prompt, joined, are its text. With `n` above 1 only the first sample is
-        shown. Leaving the loop early aborts what is still running.
+        shown. Leaving the loop early aborts what is still running. RuntimeError when the model's
+        logits leave no token to choose.
         """
         answers = self._add(prompts, params)
         index = {answer.ids[0]: i for i, answer in enumerate(answers)}
         for update in self._run(answers):
             if update.text and update.request.id in index:
                 yield index[update.request.id], update.text
-        for answer in answers:
-            answer.output(self.engine)
+        for output in [answer.output(self.engine) for answer in answers]:
+            if output.finish_reason == "abort":
+                raise RuntimeError(f"an answer was aborted: {output.stop_reason}")
 
     def chat(
         self,
@@ -124,29 +132,51 @@ class LLM:
             params = [params or SamplingParams()] * len(batch)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts but {len(params)} params: give one, or one each")
+        if not all(isinstance(own, SamplingParams) for own in params):
+            raise ValueError("params must be SamplingParams, one for all prompts or one for each")
         answers: list[_Answer] = []
-        for i, (prompt, own) in enumerate(zip(batch, params, strict=True)):
+        with self._lock:
             try:
-                text = prompt if isinstance(prompt, str) else None
-                ids = self.engine.encode(prompt) if isinstance(prompt, str) else prompt
-                answers.append(_Answer(text, self.engine.add(ids, own)))
-            except ValueError as error:
+                for prompt, own in zip(batch, params, strict=True):
+                    text = prompt if isinstance(prompt, str) else None
+                    ids = self.engine.encode(prompt) if isinstance(prompt, str) else prompt
+                    answers.append(_Answer(text, self.engine.add(ids, own)))
+            except BaseException as error:
                 self._abort(answers)
-                where = f"prompt {i}: " if len(batch) > 1 else ""
-                raise ValueError(f"{where}{error}") from None
+                if isinstance(error, ValueError) and len(batch) > 1:
+                    raise ValueError(f"prompt {len(answers)}: {error}") from None
+                raise
         return answers
 
     def _run(self, answers: Sequence[_Answer]) -> Iterator[Update]:
         waiting = {id_ for answer in answers for id_ in answer.ids}
+        inbox: deque[Update] = deque()
+        self._inboxes |= dict.fromkeys(waiting, inbox)
         try:
             while waiting:
-                for update in self.engine.step():
+                if not inbox:
+                    self._step(inbox)
+                while inbox:
+                    update = inbox.popleft()
                     if update.finished:
                         waiting.discard(update.request.id)
                     yield update
         finally:
-            if waiting:
-                self._abort(answers)
+            with self._lock:
+                for answer in answers:
+                    for id_ in answer.ids:
+                        self._inboxes.pop(id_, None)
+                if waiting:
+                    self._abort(answers)
+
+    def _step(self, inbox: deque[Update]) -> None:
+        """One step for whoever waits, unless another thread's step has filled this inbox meanwhile."""
+        with self._lock:
+            if inbox:
+                return
+            for update in self.engine.step():
+                if (owner := self._inboxes.get(update.request.id)) is not None:
+                    owner.append(update)
 
     def _abort(self, answers: Sequence[_Answer]) -> None:
         for answer in answers:
@@ -183,9 +213,15 @@ class _Answer:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str):
+        return [prompts]
+    batch = list(prompts)
+    if batch and isinstance(batch[0], Integral):
+        return [batch]  # type: ignore[list-item]
+    for i, prompt in enumerate(batch):
+        if isinstance(prompt, bytes) or not hasattr(prompt, "__len__"):
+            raise ValueError(f"prompt {i} must be text or a list of token ids, got {prompt!r:.60}")
+    return batch  # type: ignore[return-value]
 
 
 class _LoadingBar:

@@ -79,3 +79,15 @@ def test_a_leading_space_is_kept(prompt: str) -> None:
         stream.add(token)
     stream.end()
     assert stream.text == " word"
+
+
+def test_half_a_character_of_the_prompt_brings_nothing_of_it_back() -> None:
+    prompt = ids("all about é")[:-1]
+    stream = TextStream(TOKENIZER, prompt, ["about"])
+    shown = [stream.add(token) for token in ids(" END and more")]
+    stream.end()
+    assert shown == [None] * len(shown) and stream.text == " END and more"
+    stream = TextStream(TOKENIZER, ids("ends in \N{REPLACEMENT CHARACTER}"))
+    for token in ids("ok"):
+        stream.add(token)
+    assert stream.text == "ok"

@@ -16,6 +16,11 @@ every_build = pytest.mark.parametrize("build", BUILDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
+def norm_ulps(dtype: torch.dtype, dim: int) -> float:
+    """A float32 sum of dim squares in another order is off by about sqrt(dim) / 4 units."""
+    return 2 + (dim**0.5 / 4 if dtype == torch.float32 else 0)
+
+
 @every_build
 @every_dtype
 @pytest.mark.parametrize(("rows", "dim"), [(0, 8), (1, 1), (3, 7), (5, 64), (40, 1031)])
@@ -28,7 +33,7 @@ def test_rms_norm(
     out = poisoned(rows, dim + 1, dtype=dtype)
     rms_norm(x, weight, 1e-5, offset=1.0, out=out[:, :dim])
     if rows:
-        close(out[:, :dim], rms_norm_reference(x, weight, 1e-5, 1.0))
+        close(out[:, :dim], rms_norm_reference(x, weight, 1e-5, 1.0), norm_ulps(dtype, dim))
     assert out[:, dim:].isnan().all()
 
 
@@ -59,7 +64,7 @@ def test_add_rms_norm(
     if rows:
         # A fused multiply-add may round the other way where two sums are one unit apart.
         close(residual, wanted, 1.0)
-        close(out, rms_norm_reference(residual, weight, 1e-5, 0.5))
+        close(out, rms_norm_reference(residual, weight, 1e-5, 0.5), norm_ulps(dtype, dim))
 
 
 @every_build

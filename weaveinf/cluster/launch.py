@@ -176,8 +176,7 @@ class _Driver(threading.Thread):
     # Called from the thread that uses the engine.
 
     def submit(self, step: Step) -> None:
-        if self.failure is not None:
-            raise self.failure
+        self._check()
         if self._supervisor is not None:
             assert self.worker is not None
             sent = False
@@ -196,12 +195,17 @@ class _Driver(threading.Thread):
 
     def take(self) -> StepOutput | None:
         """The next result; None is that of the start."""
-        if self.failure is not None:
-            raise self.failure
+        self._check()
         result = self._results.get()
         if isinstance(result, Exception):
             raise result
         return result
+
+    def _check(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError("this engine belongs to the process that made it; make one after the fork")
+        if self.failure is not None:
+            raise self.failure
 
     def close(self) -> None:
         if os.getpid() != self._process:

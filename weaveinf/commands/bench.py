@@ -25,6 +25,7 @@ def latency(args: argparse.Namespace) -> None:
     _positive(args, "batch", "prompt_tokens", "decode_tokens", "repeats")
     wanted = {"max_num_seqs": max(args.batch, 8)} if args.max_num_seqs is None else {}
     with LLM(**settings(args) | wanted) as llm:
+        _check_length(llm, args.prompt_tokens + args.decode_tokens + 1)
         machine = Machine.measure(llm.engine.executor.worker.dtype)
         rng = np.random.default_rng(0)
         _one_batch(llm, args, rng)
@@ -48,7 +49,8 @@ def latency(args: argparse.Namespace) -> None:
             "machine_gflops": machine.gflops,
             "machine_gb_per_s": machine.gb_per_s,
         }
-    print(_latency_text(result))
+    if args.json != "-":
+        print(_latency_text(result))
     write_json(args.json, result)
 
 
@@ -76,6 +78,7 @@ def throughput(args: argparse.Namespace) -> None:
     """Requests and tokens a second."""
     _positive(args, "requests", "prompt_tokens", "output_tokens")
     with LLM(**settings(args)) as llm:
+        _check_length(llm, args.prompt_tokens + args.output_tokens)
         machine = Machine.measure(llm.engine.executor.worker.dtype)
         rng = np.random.default_rng(0)
         params = SamplingParams(temperature=0, max_tokens=args.output_tokens, ignore_eos=True)
@@ -105,7 +108,8 @@ def throughput(args: argparse.Namespace) -> None:
             "machine_gflops": machine.gflops,
             "machine_gb_per_s": machine.gb_per_s,
         }
-    print(_throughput_text(result))
+    if args.json != "-":
+        print(_throughput_text(result))
     write_json(args.json, result)
 
 
@@ -113,6 +117,13 @@ def _random_prompts(llm: LLM, count: int, length: int, rng: np.random.Generator)
     """Fresh ones each time, so that none finds its beginning in the cache."""
     vocab_size = llm.engine.model_config.vocab_size
     return rng.integers(0, vocab_size, (count, length)).tolist()
+
+
+def _check_length(llm: LLM, tokens: int) -> None:
+    """A request cut short would make its figures false."""
+    limit = llm.engine.model_config.max_model_len
+    if tokens > limit:
+        raise ValueError(f"prompt and output take {tokens} tokens, the model {limit}: lower one of them")
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
                 for text in llm.chat(messages, params):
                     answer += text
                     print(text, end="", flush=True)
+            except KeyboardInterrupt:
+                pass  # ends the answer, not the conversation
             except ValueError as error:
                 print(f"weaveinf: {error}", file=sys.stderr)
                 messages.pop()

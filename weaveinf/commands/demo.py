@@ -15,21 +15,23 @@ SEED = 0
 
 
 def run(args: argparse.Namespace) -> None:
-    prompt = args.prompt or PROMPT
+    prompt = PROMPT if args.prompt is None else args.prompt
     model = str(files("weaveinf") / "assets" / "demo")
-    with LLM(model, tensor_parallel_size=args.tp or 2, show_progress=False) as llm:
+    ranks = 2 if args.tp is None else args.tp
+    with LLM(model, tensor_parallel_size=ranks, show_progress=False) as llm:
         print(prompt, end="", flush=True)
         began = time.perf_counter()
-        tokens = 0
         params = SamplingParams(temperature=0.6, top_p=0.9, seed=SEED, max_tokens=120)
         for _, text in llm.stream(prompt, params):
             print(text, end="", flush=True)
-            tokens += 1
         seconds = time.perf_counter() - began
         ran, trace = what_ran(llm), llm.engine.trace
     print(f"\n\n{ran['tp']} ranks, seam: {ran['seam']}, kernels: {ran['kernels']}, {ran['dtype']}")
-    print(
-        f"prefill {trace.median_ms('prefill'):.2f} ms, decode {trace.median_ms('decode'):.2f} ms a "
-        f"step (median), {tokens / seconds:.0f} tokens/s"
-    )
+    medians = [
+        f"{phase} {milliseconds:.2f} ms"
+        for phase in ("prefill", "decode")
+        if (milliseconds := trace.median_ms(phase)) is not None
+    ]
+    rate = sum(trace.steps.values()) / seconds  # each step of one sequence makes one token
+    print(f"a step (median): {', '.join(medians)}; {rate:.0f} tokens/s")
     print(trace.summary())

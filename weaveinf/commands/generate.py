@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,16 @@ from weaveinf.llm import LLM
 
 
 def run(args: argparse.Namespace) -> None:
-    prompts = list(args.prompt)
-    if args.file is not None:
-        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text()
-        prompts += [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError("no prompt: give -p TEXT or -f FILE with one prompt a line")
+    # Of torchrun's ranks only the first has the standard input, and only it returns from LLM().
+    prompts = _prompts(args) if os.environ.get("RANK", "0") == "0" else []
     params = sampling(args, n=args.n)
     with LLM(**settings(args)) as llm:
         if len(prompts) == 1 and args.n == 1 and args.json is None:
-            print(prompts[0], end="", flush=True)
+            shown = prompts[0]
             for _, text in llm.stream(prompts, params):
-                print(text, end="", flush=True)
-            print()
+                print(shown + text, end="", flush=True)
+                shown = ""
+            print(shown)
         else:
             outputs = llm.generate(prompts, params)
             for prompt, output in zip(prompts, outputs, strict=True):
@@ -36,7 +34,20 @@ def run(args: argparse.Namespace) -> None:
                 args.json,
                 what_ran(llm) | steps(llm) | {"outputs": [_plain(output) for output in outputs]},
             )
+            for sample in (sample for output in outputs for sample in output.outputs):
+                if sample.finish_reason == "abort":
+                    raise RuntimeError(f"an answer was aborted: {sample.stop_reason}")
         print(llm.engine.trace.summary(), file=sys.stderr)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.file is not None:
+        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text()
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give -p TEXT or -f FILE with one prompt a line")
+    return prompts
 
 
 def sampling(args: argparse.Namespace, n: int = 1) -> SamplingParams:
@@ -66,6 +77,7 @@ def _plain(output: RequestOutput) -> dict[str, Any]:
                 "text": sample.text,
                 "token_ids": sample.token_ids,
                 "finish_reason": sample.finish_reason,
+                "stop_reason": sample.stop_reason,
             }
             for sample in output.outputs
         ],

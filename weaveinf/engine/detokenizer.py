@@ -22,7 +22,7 @@ class TextStream:
         self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: Sequence[str] = ()
     ) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(list(prompt_token_ids[-CONTEXT:]), skip_special_tokens=True)
+        self._stream = DecodeStream(_whole(tokenizer, prompt_token_ids[-CONTEXT:]), skip_special_tokens=True)
         self._stop = tuple(stop)
         self._undecoded: list[int] = []
         self._held = ""
@@ -66,3 +66,12 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def _whole(tokenizer: Tokenizer, context: Sequence[int]) -> list[int]:
+    """The context without a last character whose bytes are not all there: it would come out again,
+    with all before it, as part of the answer. The answer's share of such a character is U+FFFD."""
+    kept = list(context)
+    while kept and tokenizer.decode(kept, skip_special_tokens=True).endswith("\N{REPLACEMENT CHARACTER}"):
+        kept.pop()
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import numpy as np
@@ -24,6 +25,8 @@ from weaveinf.ops import native
 from weaveinf.trace import Trace
 from weaveinf.weave.run import run
 
+log = logging.getLogger("weaveinf")
+
 FREE_SHARE = 0.4
 """Share of a host's free memory that the caches of all its ranks take, unless told otherwise."""
 
@@ -41,6 +44,8 @@ class Worker:
         self.path = resolve(config.model, config.revision)
         self.model_config = ModelConfig.from_path(self.path, config.max_model_len)
         self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.model_config.dtype
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)
         native.agree([words.split() for words in ranks.agree(" ".join(native.abilities()))])
         self.steps_done = 0
         self.trace = Trace()
@@ -62,6 +67,8 @@ class Worker:
             self.seam = make_seam(
                 ranks, config.max_num_batched_tokens, self.model_config.hidden_size, self.dtype
             )
+            if self.seam.name == "collective" and ranks.device.type == "cpu" and ranks.rank == 0:
+                log.warning("the ranks sum over gloo, which is slower than shared memory: %s", self.seam.why)
             self.sampler = Sampler(
                 vocab_size=self.model_config.vocab_size,
                 vocab_start=self.model.vocab_start,

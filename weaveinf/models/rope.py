@@ -43,6 +43,9 @@ _ALWAYS = {
     "finetuned",
 }
 
+MAX_TABLE = 1 << 24
+"""Positions beyond which a config is not believed; the table is memory of every rank."""
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -165,6 +168,8 @@ class Rope:
 
     def table(self, length: int, device: torch.device) -> Tensor:
         """Float32 [length, dim]: cosines, then sines, of every position, on `device`."""
+        if length > MAX_TABLE:
+            raise ValueError(f"the config claims {length} positions: set max_model_len to what you need")
         half = self.dim // 2
         table = torch.empty(length, self.dim, dtype=torch.float32)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), self.frequencies(length))

@@ -219,9 +219,7 @@ class Weights:
             self._passage = torch.empty(size, dtype=torch.uint8)
         return self._passage[:size].view(self.dtype).view(shape)
 
-    def _gather(
-        self, pieces: Sequence[Piece], pad: int, room: Callable[[tuple[int, ...]], Tensor]
-    ) -> Tensor:
+    def _gather(self, pieces: Sequence[Piece], pad: int, room: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         for piece in pieces:
             self._look(piece)
         *_, width = extent = pieces[0].extent
