@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> None:
     model = str(files("weaveinf") / "assets" / "demo")
     ranks = 2 if args.tp is None else args.tp
     with LLM(model, tensor_parallel_size=ranks, show_progress=False) as llm:
+        llm.engine.encode(prompt)  # loads the tokenizer, which is not to be timed
         print(prompt, end="", flush=True)
         began = time.perf_counter()
         params = SamplingParams(temperature=0.6, top_p=0.9, seed=SEED, max_tokens=120)
