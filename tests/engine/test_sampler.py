@@ -157,6 +157,19 @@ def test_greedy_takes_the_lower_id_and_leaves_the_logits_alone(single):
     assert torch.equal(logits, before)
 
 
+def test_cold_is_greedy_and_the_coldest_sampling_is_at_a_hundredth(single):
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 9] = 0.005  # half a unit of noise's scale at 0.01, five units at 0.001
+    drawn = {}
+    for temperature in (1e-6, 0.001, 0.01):
+        sampler = make_sampler(single)
+        sampler.admit(Admission(0, seed=3, temperature=temperature))
+        steps = [make_step([0], [position]) for position in range(40)]
+        drawn[temperature] = [int(sampler.sample(logits, step).tokens[0]) for step in steps]
+    assert set(drawn[1e-6]) == {9}
+    assert drawn[0.001] == drawn[0.01] and len(set(drawn[0.01])) > 10
+
+
 def test_bans_hold_until_min_tokens_and_bias_comes_before_penalties(single):
     sampler = make_sampler(single)
     sampler.admit(Admission(0, temperature=0.0, min_tokens=2, banned_ids=ids(9, 10)))

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weaveinf.comm.votes import Votes
 from weaveinf.engine.step import Admission, SampledLogprobs, Step, StepOutput
 from weaveinf.ops import logprobs, sampling
 from weaveinf.ops.sampling import Limits, Shard, T, Voting
 
 GREEDY_BELOW = 1e-5
 MIN_TEMPERATURE = 1e-2
+"""What is colder than greedy's bound but below this is sampled at this."""
 PROMPT_BLOCK = 64
 """Rows of logits that exist at a time when prompt log-probabilities are wanted."""
 _GREEDY, _FREE, _LIMITED = 0, 1, 2
@@ -32,10 +33,6 @@ Rows = NDArray[np.int64]
 Head = Callable[[Tensor], Tensor]
 """x [rows, hidden] -> float32 logits [rows, vocab_shard] of this rank, -inf beyond the
 vocabulary."""
-
-
-class Votes(Protocol):
-    def sum(self, t: Tensor) -> Tensor: ...
 
 
 class Sampler:

@@ -23,9 +23,6 @@ from weaveinf.engine.prefix import Prefixes
 from weaveinf.engine.request import Request, TokenLogprob
 from weaveinf.engine.step import PER_SEQUENCE, Admission, SampledLogprobs, Step, StepOutput
 
-GREEDY_BELOW = 1e-5
-LOWEST_TEMPERATURE = 0.01
-
 
 class _Run(NamedTuple):
     """Tokens start to end (exclusive) of a request run in this step; it got these pages for it."""
@@ -387,11 +384,10 @@ def _admission(request: Request) -> Admission:
     bias = params.logit_bias or {}
     banned = sorted(request.stop_ids) if params.min_tokens else []
     seen = params.needs_token_counts
-    cold = params.temperature < GREEDY_BELOW
     return Admission(
         slot=request.slot,
         seed=request.seed,
-        temperature=0.0 if cold else max(params.temperature, LOWEST_TEMPERATURE),
+        temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
         min_p=params.min_p,

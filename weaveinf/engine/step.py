@@ -55,7 +55,7 @@ class Admission:
     """A request takes a state slot: the slot's row of the block table and its sampler state start
     anew. `bias_values` is float64, the other arrays int64.
 
-    temperature 0 is greedy. `logprobs` and `prompt_logprobs` are numbers of alternatives, -1 for
+    temperature below 1e-5 is greedy. `logprobs` and `prompt_logprobs` are numbers of alternatives, -1 for
     none at all. `banned_ids` must not be sampled while `output_position < min_tokens`. The token
     ids seen so far are given only when a penalty counts them.
     """
