@@ -254,72 +254,57 @@ int weaveinf_channel_take(Channel* c, int64_t* out, int64_t n) {
 
 // ---- seam -----------------------------------------------------------------------------------------------
 
-// Many rows: the residual lies in the segment, every rank computes its share of the rows of residual and x
-// between two meetings. Few rows: one meeting, every rank computes all rows into memory of its own; two
-// partial buffers take turns, so a slow peer may still read the last one.
+// All ranks write their partial sums, meet, compute each its share of the rows of residual and x, and meet.
+// (That every rank computed few rows itself, behind one meeting, was slower even for one row.)
 struct Seam {
   Group group;
-  char* partials;      // [size][max_rows][hidden]
-  char* few_partials;  // [2][size][few_rows][hidden]
-  char* residuals;     // [2][max_rows][hidden], the second for steps that drop rows
-  char* x;             // [max_rows][hidden]
-  char* own_residual;  // [few_rows][hidden]
-  char* own_x;         // [few_rows][hidden]
-  float* scratch;      // [threads + 1][hidden]: w' and one row for each thread
-  int64_t max_rows, few_rows, hidden, rows;
+  char* partials;   // [size][max_rows][hidden]
+  char* residuals;  // [2][max_rows][hidden], the second for steps that drop rows
+  char* x;          // [max_rows][hidden]
+  float* scratch;   // [threads + 1][hidden]: w' and one row for each thread
+  int64_t max_rows, hidden, rows;
   int32_t bfloat16, threads;
-  int32_t side;     // which of residuals holds the residual
-  int32_t turn;     // which of few_partials is next
-  int32_t fresh;    // the residual is zero and lies nowhere yet
-  int32_t shared;   // where the residual lies: the segment, or every rank's own memory
+  int32_t side;   // which of residuals holds the residual
+  int32_t fresh;  // the residual is zero and lies nowhere yet
 };
 
-// 0, or -1: weaveinf_seam_finish must be called before x is read and partials are written.
+// weaveinf_seam_finish must be called before x is read and partials are written.
 int weaveinf_seam_start(Seam* s, const int64_t* kept, int64_t n, const void* weight, int weight_bf16,
                         float eps, float offset, float scale) {
   Group* g = &s->group;
-  const int64_t width = s->hidden * (s->bfloat16 ? 2 : 4);
-  const bool was_many = s->rows > s->few_rows, many = n > s->few_rows;
+  const int64_t plane = s->max_rows * s->hidden * (s->bfloat16 ? 2 : 4);
   for (int64_t i = 0; kept != nullptr && i < n; ++i)
     if (kept[i] >= s->rows || kept[i] < (i ? kept[i - 1] + 1 : 0)) return problem(kBadRows, g->rank);
   if (int code = meet(g, uint64_t(n))) return code;
 
+  const int next_side = kept != nullptr ? 1 - s->side : s->side;
   RowTask task{};
   task.size = g->size;
-  const char* base = was_many ? s->partials : s->few_partials + s->turn * g->size * s->few_rows * width;
-  for (int r = 0; r < g->size; ++r) task.partials[r] = base + r * (was_many ? s->max_rows : s->few_rows) * width;
-  const int next_side = kept != nullptr && many && s->shared ? 1 - s->side : s->side;
-  const int64_t plane = s->max_rows * width;
+  for (int r = 0; r < g->size; ++r) task.partials[r] = s->partials + r * plane;
   task.kept = kept;
-  task.old_residual = s->fresh ? nullptr : s->shared ? s->residuals + s->side * plane : s->own_residual;
-  task.residual = many ? s->residuals + next_side * plane : s->own_residual;
-  task.x = many ? s->x : s->own_x;
+  task.old_residual = s->fresh ? nullptr : s->residuals + s->side * plane;
+  task.residual = s->residuals + next_side * plane;
+  task.x = s->x;
   task.hidden = s->hidden;
   task.eps = eps, task.scale = scale;
   task.weight = s->scratch;
-  widen(weight, weight_bf16, s->hidden, offset, s->scratch);
+  const int64_t base_rows = n / g->size, extra = n % g->size;
+  const int64_t first = g->rank * base_rows + std::min<int64_t>(g->rank, extra);
+  const int64_t last = first + base_rows + (g->rank < extra);
+  if (first < last) widen(weight, weight_bf16, s->hidden, offset, s->scratch);
 
-  int64_t first = 0, last = n;
-  if (many) {
-    const int64_t base_rows = n / g->size, extra = n % g->size;
-    first = g->rank * base_rows + std::min<int64_t>(g->rank, extra);
-    last = first + base_rows + (g->rank < extra);
-  }
   auto rows = s->bfloat16 ? rows_bf16 : rows_f32;
   const int64_t block = std::max<int64_t>((last - first + s->threads - 1) / s->threads, 8);
-  const int threads = many ? int((last - first + block - 1) / block) : 1;
+  const int threads = int((last - first + block - 1) / block);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
   for (int t = 0; t < threads; ++t) {
-    const int64_t from = many ? first + t * block : first;
-    rows(task, from, many ? std::min(from + block, last) : last, s->scratch + (t + 1) * s->hidden);
+    const int64_t from = first + t * block;
+    rows(task, from, std::min(from + block, last), s->scratch + (t + 1) * s->hidden);
   }
 
-  s->rows = n, s->shared = many, s->side = next_side, s->fresh = 0;
-  if (!was_many) s->turn = 1 - s->turn;
-  // Where few rows were read from the buffers of many, those must not be written before all have read.
-  if (!was_many) return 0;
+  s->rows = n, s->side = next_side, s->fresh = 0;
   arrive(g, uint64_t(n));
-  return -1;
+  return 0;
 }
 
 int weaveinf_seam_finish(Seam* s) { return await_all(&s->group); }

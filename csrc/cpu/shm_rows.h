@@ -1,7 +1,7 @@
 // The arithmetic of a seam on a range of rows: partials summed in float32 in rank order, scaled, the
 // residual added, rounded once to the model's dtype (the new residual), RMS-normalised in float32, rounded
-// once (x). Plain loops over a row that stays in the first-level cache; the compiler vectorises them, once
-// for every instruction set named below.
+// once (x). Plain loops over a row that stays in the first-level cache; the compiler vectorises them (at
+// -O3: without it they run seven times slower), once for every instruction set named below.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -14,10 +14,6 @@ from weaveinf.comm.segment import LINE, Group, check, share
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-_FEW_ELEMENTS = 8192
-"""While rows x hidden x ranks is at most this, every rank computes all rows, behind one meeting and into
-its own cache; beyond, computing a share each, between two meetings, is cheaper (measured on Zen 3)."""
-
 _KEPT_VIEWS = 256
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -29,22 +25,16 @@ class _State(ctypes.Structure):
     _fields_ = [
         ("group", Group),
         ("partials", _P),
-        ("few_partials", _P),
         ("residuals", _P),
         ("x", _P),
-        ("own_residual", _P),
-        ("own_x", _P),
         ("scratch", _P),
         ("max_rows", _I64),
-        ("few_rows", _I64),
         ("hidden", _I64),
         ("rows", _I64),
         ("bfloat16", _I32),
         ("threads", _I32),
         ("side", _I32),
-        ("turn", _I32),
         ("fresh", _I32),
-        ("shared", _I32),
     ]
 
 
@@ -64,41 +54,31 @@ class SharedSeam:
         self._finish = segment.lib.weaveinf_seam_finish
         self._meet = segment.lib.weaveinf_meet
         size, rank = ranks.size, ranks.rank
-        few = min(max_rows, max(1, _FEW_ELEMENTS // (hidden * size)))
         item = dtype.itemsize
-        # Planes of the segment, on pages of their own: counters, partials, few partials, residuals, x.
-        planes = [size * max_rows, 2 * size * few, 2 * max_rows, max_rows]
+        # Planes of the segment, on pages of their own: counters, partials, residuals, x.
         at = [-(-size * LINE // 4096) * 4096]
-        for rows in planes:
+        for rows in (size * max_rows, 2 * max_rows, max_rows):
             at.append(at[-1] + -(-rows * hidden * item // 4096) * 4096)
         self._segment = seg = share(at[-1], rank, ranks.agree)
         threads = torch.get_num_threads()
-        self._own = torch.zeros(2, few, hidden, dtype=dtype)
         self._scratch = torch.empty(threads + 1, hidden)
         self._state = _State(
             group=seg.group(0, size, ranks.silence_s, ranks.segment.address if ranks.segment else None),
             partials=seg.address + at[0],
-            few_partials=seg.address + at[1],
-            residuals=seg.address + at[2],
-            x=seg.address + at[3],
-            own_residual=self._own[0].data_ptr(),
-            own_x=self._own[1].data_ptr(),
+            residuals=seg.address + at[1],
+            x=seg.address + at[2],
             scratch=self._scratch.data_ptr(),
             max_rows=max_rows,
-            few_rows=few,
             hidden=hidden,
             bfloat16=dtype == torch.bfloat16,
             threads=threads,
         )
         self._address = ctypes.addressof(self._state)
         self._partial = seg.tensor(at[0], (size, max_rows, hidden), dtype)[rank]
-        self._few_partials = seg.tensor(at[1], (2, size, few, hidden), dtype)[:, rank].unbind(0)
-        self._residuals = seg.tensor(at[2], (2, max_rows, hidden), dtype).unbind(0)
-        self._x = seg.tensor(at[3], (max_rows, hidden), dtype)
+        self._residuals = seg.tensor(at[1], (2, max_rows, hidden), dtype).unbind(0)
+        self._x = seg.tensor(at[2], (max_rows, hidden), dtype)
         self._views: dict[tuple[int, int], Tensor] = {}
         self._rows = 0
-        self._few = few
-        self._closing = False  # finish() has a meeting to wait for
         self._size, self._rank, self._max_rows = size, rank, max_rows
 
     def open(self, rows: int) -> None:
@@ -107,7 +87,6 @@ class SharedSeam:
             raise ValueError(f"{rows} rows in a seam made for {self._max_rows}")
         self._rows = self._state.rows = rows
         self._state.fresh = 1
-        self._state.shared = rows > self._few
 
     def _view(self, which: int, of: Tensor) -> Tensor:
         """The first rows of a buffer; small numbers of rows come again and again: kept are their views."""
@@ -120,11 +99,8 @@ class SharedSeam:
         return view
 
     def partial(self) -> Tensor:
-        """See `Seam.partial`. For few rows two buffers take turns."""
-        if self._rows > self._few:
-            return self._view(3, self._partial)
-        turn = self._state.turn
-        return self._view(turn, self._few_partials[turn])
+        """See `Seam.partial`."""
+        return self._view(0, self._partial)
 
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`."""
@@ -144,36 +120,28 @@ class SharedSeam:
             joint.weight_offset,
             joint.residual_scale,
         )
-        if code > 0:
-            check(code, "a seam")
-        self._closing = code < 0
+        check(code, "a seam")
         self._rows = rows
 
     def finish(self) -> Tensor:
         """See `Seam.finish`."""
-        if self._closing:
-            self._closing = False
-            check(self._finish(self._address), "a seam")
-        if self._rows > self._few:
-            return self._view(4, self._x)
-        return self._view(2, self._own[1])
+        check(self._finish(self._address), "a seam")
+        return self._view(1, self._x)
 
     def _residual(self) -> Tensor:
-        return self._residuals[self._state.side] if self._state.shared else self._own[0]
+        return self._residuals[self._state.side][: self._rows]
 
     def gather(self, rows: Tensor) -> Tensor:
         """See `Seam.gather`. All rows lie where every rank can read them."""
         if self._state.fresh:
-            return self._own.new_zeros(len(rows), self._own.shape[2])
-        return self._residual()[: self._rows].index_select(0, rows)
+            return self._x.new_zeros(len(rows), self._x.shape[1])
+        return self._residual().index_select(0, rows)
 
     def insert(self, rows: Tensor, values: Tensor) -> None:
         """See `Seam.insert`. Each rank writes its share of the rows, between two meetings."""
-        first, last = 0, self._rows
-        if self._state.shared:
-            first, last = share_of(self._rows, self._size, self._rank)
+        first, last = share_of(self._rows, self._size, self._rank)
         check(self._meet(self._address, len(rows)), "an insertion")
-        residual = self._residual()[: self._rows]
+        residual = self._residual()
         if self._state.fresh:
             residual[first:last] = 0
             self._state.fresh = 0
