@@ -4,9 +4,10 @@
     .venv/bin/python bench/compare.py [--rounds 3] [--repeats 3] [--only weaveinf vllm]
 
 Every round starts every contender once, one after the other, so that a slow minute of the machine
-touches all alike; a cell's figure is the median over the rounds. The table goes to standard output and,
-with every single figure, to bench/results/. Where the processor has no bfloat16 products of its own, the
-peers run in float32 too; in each cell the faster one counts.
+touches all alike; a cell's figure is the median over the rounds. A peer that the first round shows to be
+more than OUT_OF_REACH times slower than the best peer in every figure sits out the others. The table goes
+to standard output and, with every single figure, to bench/results/. Where the processor has no bfloat16
+products of its own, the peers run in float32 too; in each cell the faster one counts.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from peers.cells import CELLS, DECODE_TOKENS
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 LIMIT_S = 1800.0  # for one contender in one round
+OUT_OF_REACH = 1.5
 DECODE_OVER_VLLM = 1.6
 PREFILL_OVER_BEST = 1.1
 PREFILL_OVER_BEST_MEAN = 1.2
@@ -162,6 +164,17 @@ class Results:
         ]
         return min(peers, default=None)
 
+    def in_reach(self, contender: Contender) -> bool:
+        """Whether a peer (or weaveinf) may still be the fastest peer in some figure."""
+        if contender.engine == "weaveinf":
+            return True
+        for cell in CELLS:
+            for key in ("prefill_ms", "decode_ms"):
+                best = self.best(None, None, cell, key)
+                if best is not None and self.figure(contender, cell, key) <= OUT_OF_REACH * best:
+                    return True
+        return False
+
     def table(self) -> str:
         """Milliseconds of prefill / of a decode step, then peer over weaveinf at 2 ranks."""
         titles = [f"B={batch} L={length}" for batch, length in CELLS]
@@ -239,8 +252,9 @@ def write_results(results: Results, machine: dict[str, object], command: str) ->
     lines += [f"- {verdict}" for verdict in results.verdicts()]
     lines += ["", "Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
     lines += [
-        f"- {name}: " + ", ".join(f"{key} {value}" for key, value in about.items())
-        for name, about in results.about.items()
+        f"- {contender.name}: {len(rounds)} rounds, "
+        + ", ".join(f"{key} {value}" for key, value in results.about[contender.name].items())
+        for contender, rounds in results.rounds.items()
     ]
     lines += ["", f"Command: `{command}`", ""]
     text = "\n".join(lines)
@@ -274,6 +288,7 @@ def main() -> None:
             results.add(contender, *contender.measure(args.model.resolve(), args.repeats))
             took = time.perf_counter() - began
             print(f"round {number}/{args.rounds}: {contender.name}: {took:.0f} s", flush=True)
+        order = [contender for contender in order if results.in_reach(contender)]
     command = f"python bench/compare.py {' '.join(sys.argv[1:])}".strip()
     write_results(results, machine, command)
 

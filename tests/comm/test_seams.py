@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ranks import pool
-from weaveinf.comm import shared
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.collective import CollectiveSeam
 from weaveinf.comm.local import LocalSeam
@@ -29,8 +27,7 @@ def build(kind: str, ranks: Ranks, dtype: torch.dtype, max_rows: int = MAX_ROWS)
         return LocalSeam(max_rows, HIDDEN, dtype, ranks.device)
     if kind == "collective":
         return CollectiveSeam(ranks, max_rows, HIDDEN, dtype, "the test wants it")
-    with mock.patch.object(shared, "_FEW_ELEMENTS", 16 * HIDDEN * ranks.size):
-        seam = make_seam(ranks, max_rows, HIDDEN, dtype)
+    seam = make_seam(ranks, max_rows, HIDDEN, dtype)
     assert seam.name == kind, seam.why
     return seam
 
