@@ -69,6 +69,7 @@ def weaveinf(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         (["generate", "no/such/model", "-p", "x"], "no/such/model"),
         (["generate", "."], "no prompt: give -p TEXT or -f FILE"),
         (["generate", ".", "-p", "x"], "config.json does not exist"),
+        (["generate", ".", "-p", "x", "--json", "/no/such/file"], "/no/such/file"),
         (["generate", ".", "-p", "x", "--top-p", "2"], "top_p must be"),
         (["generate", ".", "-p", "x", "--dtype", "int3"], "dtype='int3' is not one of"),
         (["generate", ".", "-p", "x", "--tp", "0"], "tensor_parallel_size=0"),

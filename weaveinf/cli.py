@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from weaveinf import __version__
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; never returns. Exit code 2: wrong input, 1: it failed, 130: interrupted."""
     args = parser().parse_args(argv)
     try:
+        if getattr(args, "json", None) not in (None, "-"):
+            Path(args.json).touch()  # better to hear now that it cannot be written than after the work
         import_module(f"weaveinf.commands.{args.command}").run(args)
     except BrokenPipeError:
         # Whoever read our output has had enough; what is still buffered must not raise again.

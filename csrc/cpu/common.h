@@ -122,6 +122,27 @@ INLINE vf exp(vf x) {
   return x < -87.0f ? vf{} : y;
 }
 
+// log within 2 units in the last place, of positive normal numbers.
+INLINE vf log(vf x) {
+  const vi bits = (vi)x;
+  vi e = (bits >> 23) - 126;
+  vf m = (vf)((bits & 0x007fffff) | 0x3f000000);  // x = m * 2^e, m in [1/2, 1)
+  const vi small = m < 0.707106781f;
+  e += small;  // -1 where true
+  m = (small ? m + m : m) - 1.0f;
+  const vf n = __builtin_convertvector(e, vf), z = m * m;
+  vf p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vf y = p * m * z - n * 2.12194440e-4f - z * 0.5f;
+  return m + y + n * 0.693359375f;
+}
+
 INLINE float sum(vf v) {
   float lanes[LANES], total = 0;
   store(lanes, v);

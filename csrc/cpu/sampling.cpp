@@ -1,4 +1,4 @@
-// The scan of the logits that every sampled row needs.
+// The scan of the logits that every sampled row needs: the largest, or the largest under a row's noise.
 
 #include "common.h"
 
@@ -6,64 +6,66 @@ using namespace weave;
 
 namespace {
 
-// The largest of x[0..n) and its lowest index; a NaN counts as largest.
-void best_of_row(const float* x, index_t n, float* value, int64_t* column) {
-  constexpr index_t BLOCK = 8 * LANES;
-  float top = -__builtin_inff();
-  index_t start = 0;
-  bool found = false;
-  // First the maximum and where its block begins: no index in the inner loop.
-  for (index_t i = 0; i < n; i += BLOCK) {
-    const index_t end = i + BLOCK < n ? i + BLOCK : n;
-    float peak = -__builtin_inff();
-    bool nan = false;
-    if (end - i == BLOCK) {
-      vf high = load<vf>(x + i);
-      vi odd = high != high;
-      UNROLL for (index_t j = LANES; j < BLOCK; j += LANES) {
-        const vf v = load<vf>(x + i + j);
-        odd |= v != v;
-        high = max(high, v);
-      }
-      float lanes[LANES];
-      int32_t odds[LANES];
-      store(lanes, high);
-      store(odds, odd);
-      for (index_t j = 0; j < LANES; ++j) {
-        peak = lanes[j] > peak ? lanes[j] : peak;
-        nan |= odds[j] != 0;
-      }
-    } else {
-      for (index_t j = i; j < end; ++j) {
-        peak = x[j] > peak ? x[j] : peak;
-        nan |= x[j] != x[j];
-      }
+// Gumbel noise of the tokens `ids` under a row's keys: ops/sampling.py, gumbel().
+INLINE vf gumbel(vi ids, uint32_t first, uint32_t second) {
+  vu state = (vu)ids * 0x9E3779B9u + first;
+  state ^= state >> 16;
+  state = (state * 0x7FEB352Du) ^ second;
+  state ^= state >> 15;
+  state *= 0x846CA68Bu;
+  state ^= state >> 16;
+  vf v = (__builtin_convertvector((vi)(state & 0x7FFFFFFFu), vf) + 0.5f) * 0x1p-31f;
+  v = v > 1 - 0x1p-24f ? splat(1 - 0x1p-24f) : v;
+  // log(1 - v), of which the difference 1 - v lost the last digits: scaled by what it really is.
+  const vf u = 1.0f - v, lost = u - 1.0f;
+  const vf exact = u == 1.0f ? v : log(u) * v / lost;
+  return -log(exact);
+}
+
+// The largest score, divided by the temperature and with its noise if there is one, and the lowest id that
+// has it; id -1 where it is NaN (one is enough) or infinite.
+template <bool NOISY>
+INLINE void draw_row(const float* x, index_t n, index_t start, float temperature, const uint32_t* keys,
+                     float* value, float* id) {
+  vi lane{};
+  UNROLL for (int i = 0; i < LANES; ++i) lane[i] = i;
+  vf top = splat(-__builtin_inff()), at = splat(-1.0f), odd{};
+  for (index_t i = 0; i < n; i += LANES) {
+    float padded[LANES];
+    const float* from = x + i;
+    if (n - i < LANES) {
+      for (index_t j = 0; j < LANES; ++j) padded[j] = j < n - i ? from[j] : -__builtin_inff();
+      from = padded;
     }
-    if (nan) {
-      for (index_t j = i;; ++j) {
-        if (x[j] != x[j]) {
-          *value = x[j];
-          *column = j;
-          return;
-        }
-      }
-    }
-    if (!found || peak > top) {
-      found = true;
-      top = peak;
-      start = i;
-    }
+    vf v = load<vf>(from);
+    const vi ids = lane + int32_t(start + i);
+    if (NOISY) v = v / temperature + gumbel(ids, keys[0], keys[1]);
+    odd = v != v ? v : odd;
+    at = v > top ? __builtin_convertvector(ids, vf) : at;
+    top = max(v, top);
   }
-  while (x[start] != top) ++start;
-  *value = top;
-  *column = start;
+  float best = top[0], which = at[0];
+  bool nan = odd[0] != odd[0];
+  for (int i = 1; i < LANES; ++i) {
+    if (top[i] > best || (top[i] == best && at[i] < which)) best = top[i], which = at[i];
+    nan |= odd[i] != odd[i];
+  }
+  *value = nan ? __builtin_nanf("") : best;
+  *id = nan || __builtin_isinf(best) ? -1.0f : which;
 }
 
 }  // namespace
 
-// scores float32 [rows, n] with a row stride -> values [rows], columns int64 [rows]; n > 0.
-extern "C" void weave_best(const float* scores, index_t stride, index_t rows, index_t n, float* values,
-                           int64_t* columns, index_t threads) {
+// scores float32 [rows, n] with a row stride, of the ids from `start` on; temperatures [rows] (0: neither
+// divided nor with noise; null: none is) and keys [rows, 2] -> out [2, rows]: values and ids.
+extern "C" void weave_draw(const float* scores, index_t stride, index_t rows, index_t n, index_t start,
+                           const float* temperatures, const uint32_t* keys, float* out, index_t threads) {
 #pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows > 1)
-  for (index_t r = 0; r < rows; ++r) best_of_row(scores + r * stride, n, values + r, columns + r);
+  for (index_t r = 0; r < rows; ++r) {
+    const float* x = scores + r * stride;
+    if (temperatures && temperatures[r] > 0)
+      draw_row<true>(x, n, start, temperatures[r], keys + 2 * r, out + r, out + rows + r);
+    else
+      draw_row<false>(x, n, start, 1, nullptr, out + r, out + rows + r);
+  }
 }

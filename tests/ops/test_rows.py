@@ -9,7 +9,7 @@ from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from weaveinf.ops.activation import silu_mul, silu_mul_reference
 from weaveinf.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from weaveinf.ops.rope import rope_, rope_reference_, write_kv, write_kv_reference
-from weaveinf.ops.sampling import best, best_reference
+from weaveinf.ops.sampling import draw, draw_reference, gumbel
 
 pytestmark = needs_kernels
 every_build = pytest.mark.parametrize("build", BUILDS)
@@ -121,15 +121,30 @@ def test_silu_mul(
 
 @every_build
 @pytest.mark.parametrize("n", [1, 7, 64, 129, 1000])
-def test_best(monkeypatch: pytest.MonkeyPatch, build: str, n: int) -> None:
+def test_draw(monkeypatch: pytest.MonkeyPatch, build: str, n: int) -> None:
     use(monkeypatch, build)
     scores = torch.randn(40, n + 3).round(decimals=1)[:, :n]  # with ties
     scores[3] = -torch.inf
     scores[4, n // 2] = torch.inf
     scores[5:9, torch.randint(0, n, (2,))] = torch.nan
-    for got, want in zip(best(scores), best_reference(scores), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    assert best(scores)[1].tolist() == [
-        int(row.isnan().nonzero()[0]) if row.isnan().any() else row.tolist().index(float(row.max()))
-        for row in scores
-    ]
+    got, want = draw(scores, 70), draw_reference(scores, 70)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    temperature = torch.rand(40) + 0.1
+    temperature[::3] = 0
+    keys = torch.randint(-(2**31), 2**31, (40, 2), dtype=torch.int32)
+    got, want = (f(scores, 70, temperature, keys) for f in (draw, draw_reference))
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(got[1], want[1])  # Gumbel noise has no ties worth the name
+    torch.testing.assert_close(got[:, ::3], draw(scores, 70)[:, ::3], rtol=0, atol=0, equal_nan=True)
+
+
+@every_build
+def test_noise_of_draw(monkeypatch: pytest.MonkeyPatch, build: str) -> None:
+    """One column a row: the noise itself, also where float32 has few digits left."""
+    use(monkeypatch, build)
+    rows = 1 << 17
+    keys = torch.randint(-(2**31), 2**31, (rows, 2), dtype=torch.int32)
+    noise = draw(torch.zeros(rows, 1), 5, torch.ones(rows), keys)[0]
+    want = gumbel(keys, torch.tensor([5], dtype=torch.int32))[:, 0]
+    assert want.max() > 10 and want.min() < -2
+    torch.testing.assert_close(noise, want, rtol=4 * torch.finfo(torch.float32).eps, atol=1e-6)

@@ -155,16 +155,15 @@ def test_noise_of_few_tokens_is_that_of_all_to_the_bit():
 
 
 @pytest.mark.parametrize("n", [1, 5, 127, 128, 129, 1000])
-def test_best_is_the_first_of_the_largest(n):
+def test_a_draw_without_noise_is_the_first_of_the_largest(n):
     scores = torch.randint(-3, 4, (40, n)).float()
     scores[0] = -torch.inf
     scores[1, n // 2] = torch.nan
-    value, column = sampling.best(scores)
-    for row, (v, c) in enumerate(zip(value, column, strict=True)):
-        if row == 1:
-            assert v.isnan() and c == n // 2
+    for row, (value, id_) in enumerate(zip(*sampling.draw(scores, 10), strict=True)):
+        if row < 2:
+            assert not value.isfinite() and id_ == -1
         else:
-            assert v == scores[row].max() and c == (scores[row] == v).nonzero()[0, 0]
+            assert value == scores[row].max() and id_ == 10 + (scores[row] == value).nonzero()[0, 0]
 
 
 @pytest.mark.parametrize("distinct", [3, 10**6])
@@ -288,8 +287,9 @@ def test_limited_sampling_is_distributed_as_the_model_says(case, vocab):
 def test_free_sampling_is_distributed_as_the_model_says():
     vocab, draws = 300, 30000
     scores = torch.randn(vocab, generator=torch.Generator().manual_seed(5)) * 2
-    noise = sampling.gumbel(keys_for(draws, 9), torch.arange(vocab, dtype=torch.int32))
-    assert_distributed(sampling.best(noise + scores)[1], scores.double().softmax(0))
+    rows = scores.expand(draws, vocab).contiguous()
+    ids = sampling.draw(rows, 0, torch.ones(draws), keys_for(draws, 9))[1]
+    assert_distributed(ids.long(), scores.double().softmax(0))
 
 
 def test_rows_without_a_choice_are_told_and_the_others_unharmed():
@@ -319,8 +319,7 @@ def test_winner_prefers_the_lower_id(ranks):
     scores[3] = torch.nan
     votings = []
     for s, shard in zip(pieces(scores, ranks), shards(42, ranks), strict=True):
-        value, column = sampling.best(s)
-        votings.append(sampling.winner(value, column + shard.start, shard))
+        votings.append(sampling.winner(sampling.draw(s, shard.start), shard))
     tokens = same(lockstep(votings)[0])
     expected = scores.argmax(1)
     expected[3] = -1

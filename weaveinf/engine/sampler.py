@@ -27,7 +27,6 @@ MIN_TEMPERATURE = 1e-2
 """What is colder than greedy's bound but below this is sampled at this."""
 PROMPT_BLOCK = 64
 """Rows of logits that exist at a time when prompt log-probabilities are wanted."""
-_GREEDY, _FREE, _LIMITED = 0, 1, 2
 
 Rows = NDArray[np.int64]
 Head = Callable[[Tensor], Tensor]
@@ -56,10 +55,9 @@ class Sampler:
         self.device = device
         self.votes = votes
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._ids = torch.arange(vocab_start, vocab_start + vocab_shard, dtype=torch.int32, device=device)
-        self._kind = np.zeros(max_num_seqs, np.int64)
+        self._limited = np.zeros(max_num_seqs, np.bool_)
         self._seed = np.zeros(max_num_seqs, np.uint64)
-        self._temperature = np.ones(max_num_seqs, np.float32)
+        self._temperature = np.zeros(max_num_seqs, np.float32)  # 0: greedy
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float64)
         self._floor = np.zeros(max_num_seqs, np.float32)
@@ -76,7 +74,6 @@ class Sampler:
         for state in (self._banned, self._bias):
             state.pop(slot, None)
         self._seed[slot] = admission.seed % (1 << 64)
-        self._temperature[slot] = max(admission.temperature, MIN_TEMPERATURE)
         top_k = admission.top_k if admission.top_k > 0 else self.shard.vocab_size
         self._top_k[slot] = min(top_k, self.shard.vocab_size)
         self._top_p[slot] = admission.top_p
@@ -85,7 +82,8 @@ class Sampler:
         self._num_prompt_logprobs[slot] = admission.prompt_logprobs
         limited = top_k < self.shard.vocab_size or admission.top_p < 1 or admission.min_p > 0
         greedy = admission.temperature < GREEDY_BELOW or top_k == 1
-        self._kind[slot] = _GREEDY if greedy else _LIMITED if limited else _FREE
+        self._limited[slot] = limited and not greedy
+        self._temperature[slot] = 0 if greedy else max(admission.temperature, MIN_TEMPERATURE)
         self._min_tokens[slot] = admission.min_tokens if len(admission.banned_ids) else 0
         if self._min_tokens[slot]:
             self._banned[slot] = self._put(self._own(admission.banned_ids)[0])
@@ -173,38 +171,29 @@ class Sampler:
         return shaped
 
     def _draw(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
-        kinds = self._kind[slots]
-        if not kinds.any():  # the common case without detours: all greedy
-            values, columns = sampling.best(logits)
-            return (yield from sampling.winner(values, columns + self.shard.start, self.shard))
-        greedy, free, limited = (np.flatnonzero(kinds == k) for k in (_GREEDY, _FREE, _LIMITED))
+        limited = self._limited[slots]
+        if not limited.any():
+            return (yield from self._draw_freely(logits, slots, positions))
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
-        firsts = []
-        if len(greedy):
-            firsts.append(sampling.best(_take(logits, greedy)))
+        free, limited = np.flatnonzero(~limited), np.flatnonzero(limited)
         if len(free):
-            scores, keys = self._cooled(logits, free, slots, positions)
-            firsts.append(sampling.best(sampling.gumbel(keys, self._ids).add_(scores)))
-        if firsts:
-            values = torch.cat([value for value, _ in firsts])
-            ids = torch.cat([column for _, column in firsts]) + self.shard.start
-            rows = self._put(np.concatenate((greedy, free)))
-            tokens[rows] = yield from sampling.winner(values, ids, self.shard)
-        if len(limited):
-            scores, keys = self._cooled(logits, limited, slots, positions)
-            of = slots[limited]
-            limits = Limits(
-                self._put(self._top_k[of]), self._put(self._top_p[of]), self._put(self._floor[of])
-            )
-            drawn = yield from sampling.sample_limited(scores, keys, limits, self.shard)
-            tokens[self._put(limited)] = drawn
+            drawn = yield from self._draw_freely(_take(logits, free), slots[free], positions[free])
+            tokens[self._put(free)] = drawn
+        of = slots[limited]
+        limits = Limits(*(self._put(setting[of]) for setting in (self._top_k, self._top_p, self._floor)))
+        scores = _take(logits, limited) / self._put(self._temperature[of])[:, None]
+        keys = sampling.noise_keys(self._seed[of], positions[limited]).to(self.device)
+        tokens[self._put(limited)] = yield from sampling.sample_limited(scores, keys, limits, self.shard)
         return tokens
 
-    def _cooled(self, logits: Tensor, rows: Rows, slots: Rows, positions: Rows) -> tuple[Tensor, Tensor]:
-        """Rows divided by their temperatures, and the keys of their noise."""
-        of = slots[rows]
-        keys = sampling.noise_keys(self._seed[of], positions[rows])
-        return _take(logits, rows) / self._put(self._temperature[of])[:, None], keys.to(self.device)
+    def _draw_freely(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
+        """Greedy rows and those with nothing but a temperature, in one vote."""
+        temperature = self._temperature[slots]
+        if not temperature.any():
+            return (yield from sampling.winner(sampling.draw(logits, self.shard.start), self.shard))
+        keys = sampling.noise_keys(self._seed[slots], positions).to(self.device)
+        offer = sampling.draw(logits, self.shard.start, self._put(temperature), keys)
+        return (yield from sampling.winner(offer, self.shard))
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, slots: Rows) -> list[SampledLogprobs | None] | None:
         wanted = self._num_logprobs[slots]

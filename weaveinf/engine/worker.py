@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -27,6 +29,8 @@ from weaveinf.weave.run import run
 
 log = logging.getLogger("weaveinf")
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 FREE_SHARE = 0.4
 """Share of a host's free memory that the caches of all its ranks take, unless told otherwise."""
 
@@ -46,6 +50,8 @@ class Worker:
         self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.model_config.dtype
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         native.agree([words.split() for words in ranks.agree(" ".join(native.abilities()))])
         self.steps_done = 0
         self.trace = Trace()
@@ -79,6 +85,7 @@ class Worker:
             )
         self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
         self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
+        self._iota = np.arange(config.max_num_seqs)
         self._why = "one rank" if ranks.size == 1 else "whole batches only in this version"
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
@@ -90,7 +97,7 @@ class Worker:
             room = int(torch.cuda.mem_get_info(self.ranks.device)[0] * 2 * FREE_SHARE)
         else:
             here = next(len(host) for host in self.ranks.hosts if self.ranks.rank in host)
-            room = int(psutil.virtual_memory().available * FREE_SHARE / here)
+            room = int(_free_memory() * FREE_SHARE / here)
         useful = self.config.max_num_seqs * self.max_blocks
         mine = torch.zeros(self.ranks.size)
         # Exact in float32, as sums of votes are: a page count is rounded down to 24 bits.
@@ -124,21 +131,21 @@ class Worker:
 
     def _batch(self, step: Step) -> Batch:
         self._append_pages(step)
-        lengths = step.num_query
+        lengths, positions = step.num_query, step.num_computed
         cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
         total = int(cu_seqlens[-1])
-        seq_of_row = np.arange(len(lengths))
-        positions, logits_from = step.num_computed, cu_seqlens[1:] - step.num_logits
-        rows = seq_of_row
-        if total > len(lengths):
+        seq_lens = positions + lengths
+        used = -(-int(seq_lens.max()) // PAGE_SIZE)
+        seq_of_row = self._iota[: len(lengths)]
+        if total == len(lengths):  # one row each: nothing to spread
+            logit_rows = np.flatnonzero(step.num_logits)
+        else:
             seq_of_row, rows = np.repeat(seq_of_row, lengths), np.arange(total)
             positions = (rows + (positions - cu_seqlens[:-1])[seq_of_row]).astype(np.int32)
-            logits_from = logits_from[seq_of_row]
-        table = self._table[step.state_slot]
+            logit_rows = np.flatnonzero(rows >= (cu_seqlens[1:] - step.num_logits)[seq_of_row])
+        table = self._table[:, :used][step.state_slot]
         slots = table[seq_of_row, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
-        seq_lens = step.num_computed + lengths
-        used = -(-int(seq_lens.max()) // PAGE_SIZE)
         return Batch(
             input_ids=self._input_ids(step, total, seq_of_row),
             positions=self._put(positions),
@@ -146,9 +153,9 @@ class Worker:
             cu_seqlens_q=self._put(cu_seqlens),
             seq_lens=self._put(seq_lens),
             num_prompt_tokens=self._put(step.num_prompt_tokens),
-            block_table=self._put(table[:, :used]),
+            block_table=self._put(table),
             state_slot=self._put(step.state_slot),
-            logit_rows=self._put(np.flatnonzero(rows >= logits_from)),
+            logit_rows=self._put(logit_rows),
         )
 
     def _append_pages(self, step: Step) -> None:
@@ -162,7 +169,7 @@ class Worker:
     def _input_ids(self, step: Step, total: int, seq_of_row: NDArray[np.int64]) -> Tensor:
         """Tokens that rank 0 did not know when it described the step are the slots' last ones."""
         if step.by_reference.all():
-            return self.sampler.last_token[self._put(step.state_slot.astype(np.int64))]
+            return self.sampler.last_token.index_select(0, self._put(step.state_slot))
         referred = step.by_reference[seq_of_row]
         ids = np.empty(total, np.int64)
         ids[~referred] = step.token_ids
@@ -175,3 +182,13 @@ class Worker:
     def _put(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.ranks.device.type == "cpu" else tensor.to(self.ranks.device)
+
+
+def _free_memory() -> int:
+    """Bytes that may still be taken: of the machine, and of the container (cgroup v2) if this is one."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):
+        limit, used, stat = ((_CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+        cached = dict(line.split() for line in stat.splitlines())["inactive_file"]
+        free = min(free, max(0, int(limit) - int(used) + int(cached)))
+    return free

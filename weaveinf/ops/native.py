@@ -42,7 +42,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "weave_add_rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F, _F, _F, _I, _I],
     "weave_rope": [_P, _I, _I, _I, _I, _I, _P, _P, _I, _I],
     "weave_write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _I],
-    "weave_best": [_P, _I, _I, _I, _P, _P, _I],
+    "weave_draw": [_P, _I, _I, _I, _I, _P, _P, _P, _I],
     "weave_silu_mul": [_P, _I, _P, _I, _I, _I, _I, _I],
     "weave_attention": [_P],
 }

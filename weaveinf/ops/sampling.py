@@ -120,10 +120,16 @@ def penalise(
     return repeated - frequency * counts - presence * outputs
 
 
-def best_reference(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """See `best`. Maxima of blocks first, then one block: reductions without an index are ten times
+def draw_reference(
+    scores: Tensor, start: int, temperature: Tensor | None = None, keys: Tensor | None = None
+) -> Tensor:
+    """See `draw`. Maxima of blocks first, then one block: reductions without an index are ten times
     as fast."""
     n = scores.shape[1]
+    if temperature is not None and keys is not None:
+        ids = torch.arange(start, start + n, dtype=torch.int32, device=scores.device)
+        warm = temperature[:, None] > 0
+        scores = torch.where(warm, scores / temperature[:, None] + gumbel(keys, ids), scores)
     whole = n - n % _BLOCK
     peaks = scores[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK)).amax(-1)
     if whole < n:
@@ -131,27 +137,36 @@ def best_reference(scores: Tensor) -> tuple[Tensor, Tensor]:
     first = peaks.argmax(1, keepdim=True) * _BLOCK
     columns = (first + torch.arange(_BLOCK, device=scores.device)).clamp_(max=n - 1)
     value, at = scores.gather(1, columns).max(1)
-    return value, columns.gather(1, at[:, None]).squeeze(1)
+    return _offer(value, columns.gather(1, at[:, None]).squeeze(1) + start)
 
 
-def best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest score of each row of float32 [rows, n] and its lowest column (int64); a NaN counts as
-    largest."""
+def draw(scores: Tensor, start: int, temperature: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    """What each row offers of its shard, whose ids begin at `start`: float32 [2, rows], the largest
+    value and the lowest id that has it; NaN and -1 where a score is NaN, id -1 where it is infinite.
+
+    scores: float32 [rows, n]. temperature: float32 [rows], above 0 to divide the row's scores and
+    add the Gumbel noise of its keys (int32 [rows, 2]), 0 or None to take the scores as they are.
+    """
     if native.lib is None or scores.is_cuda:
-        return best_reference(scores)
+        return draw_reference(scores, start, temperature, keys)
     rows, n = scores.shape
-    values = torch.empty(rows, dtype=torch.float32)
-    columns = torch.empty(rows, dtype=torch.int64)
-    native.lib.weave_best(
+    out = torch.empty(2, rows)
+    native.lib.weave_draw(
         scores.data_ptr(),
         scores.stride(0),
         rows,
         n,
-        values.data_ptr(),
-        columns.data_ptr(),
+        start,
+        None if temperature is None else temperature.data_ptr(),
+        None if keys is None else keys.data_ptr(),
+        out.data_ptr(),
         torch.get_num_threads(),
     )
-    return values, columns
+    return out
+
+
+def _offer(values: Tensor, ids: Tensor) -> Tensor:
+    return torch.stack((values, ids.float().masked_fill_(~values.isfinite(), -1)))
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -219,13 +234,14 @@ def _from_limbs(limbs: Tensor) -> Tensor:
     return (high * 2.0**_LIMB + middle) * 2.0**_LIMB + low
 
 
-def winner(values: Tensor, ids: Tensor, shard: Shard) -> Voting[Tensor]:
-    """Each rank's best (float32, global int64 ids, [rows]) -> the best of all, int64 [rows]; -1
-    for a row whose best is not finite (NaN or infinite logits, or every token banned)."""
-    values, tokens = (yield from shard.gather(torch.stack((values, ids.float())))).unbind(1)
-    value, rank = values.max(0)
-    token = tokens.gather(0, rank[None])[0].long()
-    return token.masked_fill_(~value.isfinite(), -1)
+def winner(offer: Tensor, shard: Shard) -> Voting[Tensor]:
+    """What the ranks offer (see `draw`) -> the best of all, int64 [rows]; -1 for a row whose best is
+    not finite (NaN or infinite logits, or every token banned)."""
+    offers = yield from shard.gather(offer)
+    if len(offers) == 1:
+        return offers[0, 1].long()
+    rank = offers[:, 0].argmax(0, keepdim=True)
+    return offers[:, 1].gather(0, rank)[0].long()
 
 
 @dataclass(frozen=True)
@@ -330,8 +346,7 @@ def _sample_far(scores: Tensor, peak: Tensor, keys: Tensor, limits: Limits, shar
         allowed *= inside.maximum((limits.top_p >= 1)[:, None].float())
     ids = torch.arange(shard.width, dtype=torch.int32, device=scores.device) + shard.start
     noisy = gumbel(keys, ids).add_(scores).add_(allowed.sub_(1), alpha=-_LOWEST)
-    value, column = best(noisy)
-    return (yield from winner(value, column + shard.start, shard))
+    return (yield from winner(draw(noisy, shard.start), shard))
 
 
 def _reaching(scores: Tensor, edge: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""What a decode step costs beside the model: scheduling, batch, sampling, results, in microseconds.
+
+    .venv/bin/python bench/step_overhead.py [--steps 400]
+
+The blocks are taken out of a tiny model and its rows are given instead; all else is as in every run. The
+median of some repeats; the time is the wall's, of both threads of the first process together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from machine import describe
+
+from weaveinf import LLM, SamplingParams
+from weaveinf.engine import worker
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+}
+REPEATS = 5
+
+
+def without_blocks(model: object, batch: worker.Batch, *_: object) -> tuple[torch.Tensor, worker.Batch]:
+    """In the place of weave.run: rows of ones where logits are wanted."""
+    return torch.ones(len(batch.logit_rows), CONFIG["hidden_size"], dtype=torch.bfloat16), batch
+
+
+def microseconds(llm: LLM, batch: int, params: SamplingParams) -> float:
+    """Of one decode step of `batch` sequences."""
+    found = []
+    for repeat in range(REPEATS + 1):
+        prompts = [[repeat, i, *range(14)] for i in range(batch)]
+        began = time.perf_counter()
+        llm.generate(prompts, params, show_progress=False)
+        found.append((time.perf_counter() - began) / params.max_tokens * 1e6)
+    return median(found[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time an engine step without a model.")
+    parser.add_argument("--steps", type=int, default=400)
+    args = parser.parse_args()
+    worker.run = without_blocks
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(CONFIG))
+        llm = LLM(directory, load_format="dummy", dtype="bfloat16", show_progress=False)
+    with llm:
+        for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
+            params = SamplingParams(temperature=temperature, max_tokens=args.steps, ignore_eos=True)
+            for batch in (1, 8, 32):
+                print(f"{name}, {batch} sequences: {microseconds(llm, batch, params):.0f} us a step")
+    print("machine: " + "; ".join(f"{key}: {value}" for key, value in describe().items()))
+
+
+if __name__ == "__main__":
+    main()
