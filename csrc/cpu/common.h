@@ -174,6 +174,8 @@ class Scratch {
   size_t size_ = 0;
 };
 
+constexpr index_t WORTH_A_TEAM = 1 << 15;  // elements below which waking threads costs more
+
 INLINE index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 INLINE index_t round_up(index_t a, index_t b) { return ceil_div(a, b) * b; }
 

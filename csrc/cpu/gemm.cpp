@@ -204,6 +204,7 @@ template <class W, class Wide, class T>
 void multiply_all(const Weight& w, const T* x, index_t ldx, index_t m, const Output& out, int threads) {
   const index_t panels = ceil_div(w.n, NR);
   if (m <= FEW_ROWS || m * w.k <= FEW) {
+    if (m * w.k * w.n < 32 * WORTH_A_TEAM) threads = 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (index_t t = 0; t < threads; ++t)
       few_rows<W>(w, x, ldx, m, out, part(panels, threads, t), part(panels, threads, t + 1));

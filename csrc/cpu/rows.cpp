@@ -9,8 +9,6 @@
 namespace weave {
 namespace {
 
-constexpr index_t WORTH_A_TEAM = 1 << 15;  // elements below which starting threads costs more
-
 // Calls f(row) for every row, in parallel when there is enough to do.
 template <class F>
 INLINE void for_rows(index_t rows, index_t width, index_t threads, F&& f) {

@@ -60,7 +60,7 @@ INLINE void draw_row(const float* x, index_t n, index_t start, float temperature
 // divided nor with noise; null: none is) and keys [rows, 2] -> out [2, rows]: values and ids.
 extern "C" void weave_draw(const float* scores, index_t stride, index_t rows, index_t n, index_t start,
                            const float* temperatures, const uint32_t* keys, float* out, index_t threads) {
-#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows > 1)
+#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows * n >= WORTH_A_TEAM)
   for (index_t r = 0; r < rows; ++r) {
     const float* x = scores + r * stride;
     if (temperatures && temperatures[r] > 0)

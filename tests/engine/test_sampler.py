@@ -7,7 +7,7 @@ import torch
 from tests.ranks import pool
 from weaveinf.comm.ranks import Ranks
 from weaveinf.engine.sampler import PROMPT_BLOCK, Sampler
-from weaveinf.engine.step import Admission, Step
+from weaveinf.engine.step import Admission, Step, StepOutput
 
 VOCAB, HIDDEN, SLOTS = 203, 16, 16
 
@@ -35,6 +35,11 @@ def make_step(slots, positions, num_logits=None, targets=None) -> Step:
         new_pages=np.empty(0, np.int64),
         targets=np.concatenate(targets),
     )
+
+
+def sample(sampler: Sampler, logits: torch.Tensor, step: Step) -> StepOutput:
+    now = step.output_position >= 0
+    return sampler.sample(logits, step.state_slot[now], step.output_position[now])
 
 
 def make_sampler(ranks: Ranks, vocab: int = VOCAB) -> Sampler:
@@ -83,8 +88,8 @@ def mixed_batch(ranks: Ranks, logits: torch.Tensor):
         sampler.admit(Admission(slot, **{"seed": slot, **settings}))
     tokens, logprobs = [], []
     for position, rows in enumerate(logits):
-        output = sampler.sample(
-            shard_of(sampler, rows), make_step(range(len(MIXED)), [position] * len(MIXED))
+        output = sample(
+            sampler, shard_of(sampler, rows), make_step(range(len(MIXED)), [position] * len(MIXED))
         )
         assert torch.equal(sampler.last_token[: len(MIXED)].cpu(), torch.from_numpy(output.tokens))
         tokens.append(output.tokens)
@@ -112,7 +117,7 @@ def test_tokens_are_the_same_alone_and_in_any_company(single):
         sampler.admit(Admission(slot, **{"seed": index, **settings}))
         for position in range(len(logits)):
             row = shard_of(sampler, logits[position, index : index + 1])
-            assert sampler.sample(row, make_step([slot], [position])).tokens == together[position, index]
+            assert sample(sampler, row, make_step([slot], [position])).tokens == together[position, index]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -138,7 +143,7 @@ def test_seeds_positions_and_slots_anew(single):
     def draw(seeds, position):
         for slot, seed in enumerate(seeds):
             sampler.admit(Admission(slot, seed=seed, top_p=0.95))
-        return sampler.sample(logits, make_step(range(4), [position] * 4)).tokens.tolist()
+        return sample(sampler, logits, make_step(range(4), [position] * 4)).tokens.tolist()
 
     first = draw([1, 1, 2, 3], 0)
     assert first[0] == first[1] and len(set(first)) == 3
@@ -153,7 +158,7 @@ def test_greedy_takes_the_lower_id_and_leaves_the_logits_alone(single):
     logits = torch.zeros(3, VOCAB)
     logits[:, [40, 90, 150]] = 2.0
     before = logits.clone()
-    assert sampler.sample(logits, make_step(range(3), [0] * 3)).tokens.tolist() == [40, 40, 90]
+    assert sample(sampler, logits, make_step(range(3), [0] * 3)).tokens.tolist() == [40, 40, 90]
     assert torch.equal(logits, before)
 
 
@@ -165,7 +170,7 @@ def test_cold_is_greedy_and_the_coldest_sampling_is_at_a_hundredth(single):
         sampler = make_sampler(single)
         sampler.admit(Admission(0, seed=3, temperature=temperature))
         steps = [make_step([0], [position]) for position in range(40)]
-        drawn[temperature] = [int(sampler.sample(logits, step).tokens[0]) for step in steps]
+        drawn[temperature] = [int(sample(sampler, logits, step).tokens[0]) for step in steps]
     assert set(drawn[1e-6]) == {9}
     assert drawn[0.001] == drawn[0.01] and len(set(drawn[0.01])) > 10
 
@@ -180,10 +185,10 @@ def test_bans_hold_until_min_tokens_and_bias_comes_before_penalties(single):
     logits[1, [9, 10]] = torch.tensor([1.0, 2.6])  # (1 + 4) / 2 < 2.6 < 1 / 2 + 4
     for position, expected in enumerate([[8, 10], [8, 10], [9, 10]]):
         logits[1, 10] = 2.6 * 2**position  # token 10 is halved once it is sampled
-        assert sampler.sample(logits, make_step([0, 1], [position] * 2)).tokens.tolist() == expected
+        assert sample(sampler, logits, make_step([0, 1], [position] * 2)).tokens.tolist() == expected
     sampler.admit(Admission(1, temperature=0.0))
     logits[1, 10] = 0.5
-    assert sampler.sample(logits[1:], make_step([1], [0])).tokens.tolist() == [9]
+    assert sample(sampler, logits[1:], make_step([1], [0])).tokens.tolist() == [9]
 
 
 def greedy_with_penalties(settings, logits, given=()):
@@ -225,7 +230,7 @@ def test_penalties_follow_the_output_through_many_slots_and_preemption(single):
             past = np.array(wanted[2][:5], np.int64)
             sampler.admit(Admission(9, temperature=0.0, output_token_ids=past, **cases[2]))
             place[2] = 9
-        output = sampler.sample(logits[position], make_step(place, [position] * 6))
+        output = sample(sampler, logits[position], make_step(place, [position] * 6))
         assert output.tokens.tolist() == [w[position] for w in wanted]
 
 
@@ -241,7 +246,7 @@ def test_a_row_of_nan_fails_alone(single, settings):
         if spoil:
             given[1, 100] = torch.nan
             given[2] = -torch.inf
-        outputs.append(sampler.sample(given, make_step(range(4), [0] * 4)))
+        outputs.append(sample(sampler, given, make_step(range(4), [0] * 4)))
     clean, spoilt = outputs
     assert spoilt.tokens.tolist() == [clean.tokens[0], -1, -1, clean.tokens[3]]
     assert spoilt.logprobs[3] == clean.logprobs[3]
@@ -255,7 +260,7 @@ def test_padding_is_never_chosen(single):
     logits = torch.full((8, 16), -torch.inf)
     logits[:, :7] = -1e30
     for position in range(50):
-        tokens = sampler.sample(logits, make_step(range(8), [position] * 8)).tokens
+        tokens = sample(sampler, logits, make_step(range(8), [position] * 8)).tokens
         assert ((tokens >= 0) & (tokens < 7)).all()
 
 

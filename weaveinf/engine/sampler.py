@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ MIN_TEMPERATURE = 1e-2
 PROMPT_BLOCK = 64
 """Rows of logits that exist at a time when prompt log-probabilities are wanted."""
 
-Rows = NDArray[np.int64]
+Rows = NDArray[np.integer[Any]]
 Head = Callable[[Tensor], Tensor]
 """x [rows, hidden] -> float32 logits [rows, vocab_shard] of this rank, -inf beyond the
 vocabulary."""
@@ -62,7 +63,7 @@ class Sampler:
         self._top_p = np.ones(max_num_seqs, np.float64)
         self._floor = np.zeros(max_num_seqs, np.float32)
         self._min_tokens = np.zeros(max_num_seqs, np.int64)
-        self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self._num_logprobs: dict[int, int] = {}
         self._num_prompt_logprobs = np.full(max_num_seqs, -1, np.int64)
         self._banned: dict[int, Tensor] = {}
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}
@@ -71,14 +72,15 @@ class Sampler:
     def admit(self, admission: Admission) -> None:
         """A slot starts anew with a request's settings; what its last owner left is forgotten."""
         slot = admission.slot
-        for state in (self._banned, self._bias):
+        for state in (self._banned, self._bias, self._num_logprobs):
             state.pop(slot, None)
         self._seed[slot] = admission.seed % (1 << 64)
         top_k = admission.top_k if admission.top_k > 0 else self.shard.vocab_size
         self._top_k[slot] = min(top_k, self.shard.vocab_size)
         self._top_p[slot] = admission.top_p
         self._floor[slot] = math.log(admission.min_p) if admission.min_p > 0 else -math.inf
-        self._num_logprobs[slot] = admission.logprobs
+        if admission.logprobs >= 0:
+            self._num_logprobs[slot] = admission.logprobs
         self._num_prompt_logprobs[slot] = admission.prompt_logprobs
         limited = top_k < self.shard.vocab_size or admission.top_p < 1 or admission.min_p > 0
         greedy = admission.temperature < GREEDY_BELOW or top_k == 1
@@ -105,11 +107,15 @@ class Sampler:
     def run(self, head: Head, x: Tensor, step: Step) -> StepOutput:
         """All that a step samples, from the rows [sum(num_logits), hidden] whose logits it
         wants."""
-        ends = np.cumsum(step.num_logits, dtype=np.int64)
-        sampled = ends[step.output_position >= 0] - 1
+        sampling_now = step.output_position >= 0
+        samples = np.count_nonzero(sampling_now)
         output = StepOutput(np.empty(0, np.int64))
-        if len(sampled):
-            output = self.sample(head(_take(x, sampled)), step)
+        if samples == len(x) == step.num_seqs:  # the common case: every sequence samples from its row
+            return self.sample(head(x), step.state_slot, step.output_position)
+        ends = np.cumsum(step.num_logits, dtype=np.int64)
+        if samples:
+            logits = head(_take(x, ends[sampling_now] - 1))
+            output = self.sample(logits, step.state_slot[sampling_now], step.output_position[sampling_now])
         if len(step.targets):
             wanted: list[Sequence[SampledLogprobs | None] | None] = [None] * step.num_seqs
             first = 0
@@ -123,19 +129,16 @@ class Sampler:
             output.prompt_logprobs = wanted
         return output
 
-    def sample(self, logits: Tensor, step: Step) -> StepOutput:
-        """One token for every sequence of the step that samples (`output_position` >= 0), in order.
+    def sample(self, logits: Tensor, slots: Rows, positions: Rows) -> StepOutput:
+        """One token for each row, of the request in its slot, at these positions of its output.
 
         logits: float32 [samples, vocab_shard], left as they are. A token is -1 where none can be
         chosen (NaN or infinite logits, or everything banned); the other rows are not touched by
         that.
         """
-        sampling_now = step.output_position >= 0
-        slots = step.state_slot[sampling_now].astype(np.int64)
-        positions = step.output_position[sampling_now].astype(np.int64)
         tokens = self._vote(self._draw(self._shape(logits, slots, positions), slots, positions))
         self.last_token[self._put(slots)] = tokens.clamp(min=0)
-        self._history.append(slots, tokens - self.shard.start)
+        self._history.append(slots, tokens, self.shard.start)
         return StepOutput(tokens.cpu().numpy(), self._logprobs(logits, tokens, slots))
 
     def prompt_logprobs(
@@ -155,7 +158,7 @@ class Sampler:
     def _shape(self, logits: Tensor, slots: Rows, positions: Rows) -> Tensor:
         """The logits after bias, bans and penalties: a copy if any row has one of them."""
         biased = [(i, s) for i, s in enumerate(slots.tolist() if self._bias else ()) if s in self._bias]
-        banned = np.flatnonzero(positions < self._min_tokens[slots]).tolist()
+        banned = np.flatnonzero(positions < self._min_tokens[slots]).tolist() if self._banned else ()
         penalised = self._history.known(slots)
         if not (biased or banned or len(penalised)):
             return logits
@@ -171,11 +174,11 @@ class Sampler:
         return shaped
 
     def _draw(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
-        limited = self._limited[slots]
-        if not limited.any():
+        is_limited = self._limited[slots]
+        if not is_limited.any():
             return (yield from self._draw_freely(logits, slots, positions))
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
-        free, limited = np.flatnonzero(~limited), np.flatnonzero(limited)
+        free, limited = np.flatnonzero(~is_limited), np.flatnonzero(is_limited)
         if len(free):
             drawn = yield from self._draw_freely(_take(logits, free), slots[free], positions[free])
             tokens[self._put(free)] = drawn
@@ -196,15 +199,16 @@ class Sampler:
         return (yield from sampling.winner(offer, self.shard))
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, slots: Rows) -> list[SampledLogprobs | None] | None:
-        wanted = self._num_logprobs[slots]
-        rows = np.flatnonzero(wanted >= 0)
+        if not self._num_logprobs:
+            return None
+        wanted = [self._num_logprobs.get(slot, -1) for slot in slots.tolist()]
+        rows = np.flatnonzero(np.array(wanted) >= 0)
         if not len(rows):
             return None
-        found = self._score(_take(logits, rows), _take(tokens, rows), int(wanted.max()))
+        found = self._score(_take(logits, rows), _take(tokens, rows), max(wanted))
         out: list[SampledLogprobs | None] = [None] * len(slots)
         for row, (logprob, ids, values) in zip(rows.tolist(), found, strict=True):
-            n = int(wanted[row])
-            out[row] = SampledLogprobs(logprob, ids[:n], values[:n])
+            out[row] = SampledLogprobs(logprob, ids[: wanted[row]], values[: wanted[row]])
         return out
 
     def _score(self, logits: Tensor, targets: Tensor, n: int) -> list[SampledLogprobs]:
@@ -272,13 +276,12 @@ class History:
         settings = torch.tensor([self._penalties[s] for s in slots.tolist()], device=logits.device)
         return sampling.penalise(logits, self.counts[rows], self.prompt[rows], *settings.T[..., None])
 
-    def append(self, slots: Rows, columns: Tensor) -> None:
-        """One sampled token per slot; columns of other ranks' tokens lie outside of 0 .. width -
-        1."""
+    def append(self, slots: Rows, tokens: Tensor, start: int) -> None:
+        """One sampled token per slot; `start` is the first of this rank's."""
         known = self.known(slots)
         if len(known):
             width = self.counts.shape[1]
-            at = columns[torch.from_numpy(known).to(columns.device)]
+            at = tokens[torch.from_numpy(known).to(tokens.device)] - start
             owned = (at >= 0) & (at < width)
             rows = self._rows(slots[known])
             self.counts[rows, at.clamp(0, width - 1)] += owned

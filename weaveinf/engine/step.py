@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,6 +123,11 @@ class Step:
     def num_tokens(self) -> int:
         """Rows of this step's batch."""
         return int(self.num_query.sum())
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether every sequence runs the token that it sampled last, and no other."""
+        return bool(self.by_reference.all())
 
     @property
     def num_samples(self) -> int:

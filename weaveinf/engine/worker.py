@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -85,7 +86,7 @@ class Worker:
             )
         self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
         self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
-        self._iota = np.arange(config.max_num_seqs)
+        self._iota = np.arange(config.max_num_seqs + 1, dtype=np.int32)
         self._why = "one rank" if ranks.size == 1 else "whole batches only in this version"
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
@@ -125,22 +126,24 @@ class Worker:
         x, _ = run(self.model, self._batch(step), self.seam, self.ranks.votes)
         output = self.sampler.run(self.model.head, x, step)
         self.steps_done += 1
-        phase = "decode" if step.by_reference.all() else "prefill"
+        phase = "decode" if step.decodes else "prefill"
         self.trace.step("plain", self._why, phase, time.perf_counter() - began)
         return output
 
     def _batch(self, step: Step) -> Batch:
-        self._append_pages(step)
+        if len(step.new_pages):
+            self._append_pages(step)
         lengths, positions = step.num_query, step.num_computed
-        cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
-        total = int(cu_seqlens[-1])
+        total = int(lengths.sum())
         seq_lens = positions + lengths
         used = -(-int(seq_lens.max()) // PAGE_SIZE)
         seq_of_row = self._iota[: len(lengths)]
         if total == len(lengths):  # one row each: nothing to spread
-            logit_rows = np.flatnonzero(step.num_logits)
+            cu_seqlens = self._iota[: total + 1]
+            logit_rows = step.num_logits.nonzero()[0]
         else:
+            cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+            np.cumsum(lengths, out=cu_seqlens[1:])
             seq_of_row, rows = np.repeat(seq_of_row, lengths), np.arange(total)
             positions = (rows + (positions - cu_seqlens[:-1])[seq_of_row]).astype(np.int32)
             logit_rows = np.flatnonzero(rows >= (cu_seqlens[1:] - step.num_logits)[seq_of_row])
@@ -166,9 +169,9 @@ class Worker:
             self._table[slot, at : at + count] = step.new_pages[first : first + count]
             self._num_blocks[slot] = at + count
 
-    def _input_ids(self, step: Step, total: int, seq_of_row: NDArray[np.int64]) -> Tensor:
+    def _input_ids(self, step: Step, total: int, seq_of_row: NDArray[np.integer[Any]]) -> Tensor:
         """Tokens that rank 0 did not know when it described the step are the slots' last ones."""
-        if step.by_reference.all():
+        if step.decodes:
             return self.sampler.last_token.index_select(0, self._put(step.state_slot))
         referred = step.by_reference[seq_of_row]
         ids = np.empty(total, np.int64)
