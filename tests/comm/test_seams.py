@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from weaveinf.comm.collective import CollectiveSeam
 from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, Seam, share_of
+from weaveinf.ops import native
 from weaveinf.ops.norm import add_rms_norm_reference
 
 MAX_ROWS, HIDDEN = 701, 1000  # no multiple of any vector width; several chunks for gloo
@@ -211,6 +213,17 @@ def test_both_kinds_agree_without_other_meetings(size: int) -> None:
     for a, b in zip(shared[0], collective[0], strict=True):
         x, y = (torch.frombuffer(bytearray(d), dtype=torch.float32) for d in (a, b))
         torch.testing.assert_close(x, y)
+
+
+@torch.inference_mode()
+def without_kernels(ranks: Ranks) -> None:
+    with mock.patch.object(native, "lib", None):
+        passes(ranks, "collective", torch.bfloat16)
+
+
+def test_without_compiled_kernels() -> None:
+    """Nobody compiled csrc/cpu: the progress thread too works on what was made in inference mode."""
+    pool(2).run(without_kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

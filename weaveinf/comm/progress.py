@@ -59,6 +59,7 @@ class Progress:
         self._jobs.put(job)
         return job
 
+    @torch.inference_mode()  # a thread's own affair; the seams' buffers are made under it
     def _run(self) -> None:
         stream = None
         if self._device.type == "cuda":
