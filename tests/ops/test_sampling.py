@@ -59,7 +59,9 @@ def same(results):
 
 
 def keys_for(rows: int, seed: int = 0, start: int = 0) -> Tensor:
-    return sampling.noise_keys(np.full(rows, seed, np.uint64), np.arange(start, start + rows))
+    return sampling.noise_keys(
+        sampling.mixed(np.full(rows, seed, np.uint64), np.uint64(1)), np.arange(start, start + rows)
+    )
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -107,10 +109,10 @@ def test_noise_is_uniform_and_uncorrelated_along_every_counter(vary):
     if vary == "ids":
         g = sampling.gumbel(keys_for(1, 7, 3), torch.arange(n, dtype=torch.int32))[0]
     elif vary == "positions":
-        keys = sampling.noise_keys(np.full(n, 7, np.uint64), counter)
+        keys = sampling.noise_keys(sampling.mixed(np.full(n, 7, np.uint64), np.uint64(1)), counter)
         g = sampling.gumbel(keys, torch.tensor([11], dtype=torch.int32))[:, 0]
     else:
-        keys = sampling.noise_keys(counter.astype(np.uint64), np.full(n, 3))
+        keys = sampling.noise_keys(sampling.mixed(counter.astype(np.uint64), np.uint64(1)), np.full(n, 3))
         g = sampling.gumbel(keys, torch.tensor([11], dtype=torch.int32))[:, 0]
     assert g.isfinite().all()
     u = (-(-g.double()).exp()).exp()

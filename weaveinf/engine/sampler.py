@@ -56,6 +56,9 @@ class Sampler:
         self.device = device
         self.votes = votes
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._put: Callable[[NDArray[Any]], Tensor] = (
+            torch.from_numpy if device.type == "cpu" else lambda array: torch.from_numpy(array).to(device)
+        )
         self._limited = np.zeros(max_num_seqs, np.bool_)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._temperature = np.zeros(max_num_seqs, np.float32)  # 0: greedy
@@ -74,7 +77,7 @@ class Sampler:
         slot = admission.slot
         for state in (self._banned, self._bias, self._num_logprobs):
             state.pop(slot, None)
-        self._seed[slot] = admission.seed % (1 << 64)
+        self._seed[slot] = sampling.mixed(np.uint64(admission.seed % (1 << 64)), np.uint64(1))
         top_k = admission.top_k if admission.top_k > 0 else self.shard.vocab_size
         self._top_k[slot] = min(top_k, self.shard.vocab_size)
         self._top_p[slot] = admission.top_p
@@ -229,9 +232,6 @@ class Sampler:
         """Columns of the ids that this rank owns, and which they are."""
         owned = (ids >= self.shard.start) & (ids < self.shard.start + self.shard.width)
         return ids[owned] - self.shard.start, owned
-
-    def _put(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
 
 
 class History:

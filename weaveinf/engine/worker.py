@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ class Worker:
             )
         self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
         self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
+        device = ranks.device
+        self._put: Callable[[NDArray[Any]], Tensor] = (
+            torch.from_numpy if device.type == "cpu" else lambda array: torch.from_numpy(array).to(device)
+        )
         self._iota = np.arange(config.max_num_seqs + 1, dtype=np.int32)
         self._why = "one rank" if ranks.size == 1 else "whole batches only in this version"
 
@@ -181,10 +186,6 @@ class Worker:
             slots = step.state_slot[step.by_reference].astype(np.int64)
             out[self._put(np.flatnonzero(referred))] = self.sampler.last_token[self._put(slots)]
         return out
-
-    def _put(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.ranks.device.type == "cpu" else tensor.to(self.ranks.device)
 
 
 def _free_memory() -> int:

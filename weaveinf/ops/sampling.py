@@ -62,16 +62,18 @@ class Shard:
         return (yield parts)
 
 
-def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> Tensor:
-    """uint64 [rows] seeds and int [rows] output positions -> int32 [rows, 2], two rounds of
-    SplitMix64."""
-    key = seeds.astype(np.uint64)
+def mixed(key: np.uint64 | np.ndarray, count: np.uint64 | np.ndarray) -> np.ndarray:
+    """The `count`-th number of SplitMix64 that starts at `key`; both uint64."""
     with np.errstate(over="ignore"):
-        for extra in (np.uint64(1), positions.astype(np.uint64) + np.uint64(1)):
-            key = key + np.uint64(0x9E3779B97F4A7C15) * extra
-            key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            key = key ^ (key >> np.uint64(31))
+        key = key + np.uint64(0x9E3779B97F4A7C15) * count
+        key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(key ^ (key >> np.uint64(31)))
+
+
+def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> Tensor:
+    """uint64 [rows] seeds, mixed once, and int [rows] output positions -> int32 [rows, 2]."""
+    key = mixed(seeds, positions.astype(np.uint64) + np.uint64(1))
     return torch.from_numpy(key.view(np.int32).reshape(-1, 2))
 
 
@@ -239,7 +241,7 @@ def winner(offer: Tensor, shard: Shard) -> Voting[Tensor]:
     not finite (NaN or infinite logits, or every token banned)."""
     offers = yield from shard.gather(offer)
     if len(offers) == 1:
-        return offers[0, 1].long()
+        return offer[1].long()
     rank = offers[:, 0].argmax(0, keepdim=True)
     return offers[:, 1].gather(0, rank)[0].long()
 
