@@ -71,8 +71,6 @@ class EngineConfig:
             )
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < 1 << 20:
             raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be positive")
-        if self.weave == "on":
-            raise ValueError("weave='on' is not possible: this version runs whole batches only; use 'auto'")
         if self.selector is not None:
             raise ValueError(f"selector={self.selector!r} is not known to this version; use selector=None")
 

@@ -61,7 +61,7 @@ def with_engines(ranks: Ranks, config: EngineConfig, use: Callable[..., Any], *a
         finally:
             executor.close()
     finally:
-        worker.seam.close()
+        worker.close()
 
 
 def complete(

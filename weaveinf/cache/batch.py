@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -61,3 +61,32 @@ class Batch:
             cu_seqlens_q=at,
             logit_rows=wanted[present],
         )
+
+    def split(self, at: int) -> tuple[Batch, Batch]:
+        """The rows before `at` and the others, 0 < at < T. The sequences stay, if with no rows.
+
+        Where the cut falls inside a sequence, the second half finds in its context what the first one
+        caches, as in chunked prefill: halves run in order. For batches that are still on the host.
+        """
+        starts = self.cu_seqlens_q
+        later = (starts - at).clamp(min=0)
+        logits = int(torch.searchsorted(self.logit_rows, at))
+        return (
+            self._span(slice(0, at), starts.clamp(max=at), self.seq_lens - later.diff(), slice(0, logits)),
+            self._span(slice(at, None), later, self.seq_lens, slice(logits, None)),
+        )
+
+    def _span(self, rows: slice, cu_seqlens_q: Tensor, seq_lens: Tensor, logits: slice) -> Batch:
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            positions=self.positions[rows],
+            slot_mapping=self.slot_mapping[rows],
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            logit_rows=self.logit_rows[logits] - rows.start,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})

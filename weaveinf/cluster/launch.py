@@ -255,7 +255,7 @@ class _Driver(threading.Thread):
                 watch.accuse(error)
         finally:
             if self.worker is not None:
-                self.worker.seam.close()
+                self.worker.close()
             if ranks is not None:
                 ranks.close()
             torch.set_num_threads(self._threads)

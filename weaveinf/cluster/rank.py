@@ -69,13 +69,13 @@ def follow(config: EngineConfig, store: dist.Store, rank: int, size: int) -> int
         if not (end.mistake or end.echo):
             traceback.print_exc()
         if pulse.worker is not None:
-            pulse.worker.seam.close()
+            pulse.worker.close()
         if ranks is not None:
             ranks.close()
         time.sleep(FAREWELL_S)
         return 1
     pulse.end("left")
-    worker.seam.close()
+    worker.close()
     ranks.close()
     return 0
 

@@ -32,6 +32,7 @@ class CollectiveSeam:
     """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`."""
 
     name = "collective"
+    fused = False
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype, why: str) -> None:
         assert ranks.seams is not None
@@ -52,6 +53,7 @@ class CollectiveSeam:
         self._inbox = rows(size * most).view(size, most, hidden)
         self._rows = 0
         self._job: Job | None = None
+        self.ran = 0.0, 0.0
 
     def open(self, rows: int) -> None:
         """See `Seam.open`."""
@@ -76,6 +78,7 @@ class CollectiveSeam:
         """See `Seam.finish`."""
         if self._job is not None:
             self._job.wait()
+            self.ran = self._job.ran
         return self._x[: self._rows]
 
     def _shares(self, rows: int) -> list[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,14 @@ class LocalSeam:
 
     name = "local"
     why = "one rank"
+    fused = False
 
     def __init__(self, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self._partial, self._residual, self._x = torch.empty(
             3, max_rows, hidden, dtype=dtype, device=device
         ).unbind(0)
         self._rows = 0
+        self.ran = 0.0, 0.0
 
     def open(self, rows: int) -> None:
         """See `Seam.open`."""
@@ -34,6 +38,7 @@ class LocalSeam:
 
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`."""
+        began = time.monotonic()
         if kept is not None:
             self._residual[: len(kept)] = self._residual[: self._rows].index_select(0, kept)
             self._rows = len(kept)
@@ -47,6 +52,7 @@ class LocalSeam:
             joint.residual_scale,
             self._x[:n],
         )
+        self.ran = began, time.monotonic()
 
     def finish(self) -> Tensor:
         """See `Seam.finish`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 
 
 class Job:
-    """Something under way on the progress thread."""
+    """Something under way on the progress thread. ran: from when to when, on the monotonic clock."""
 
     def __init__(self, work: Callable[[], None], before: Any) -> None:
         self.work = work
         self.before = before
         self.after: Any = None
         self.error: BaseException | None = None
+        self.ran = 0.0, 0.0
         self._done = threading.Event()
 
     def settle(self) -> None:
@@ -66,6 +68,7 @@ class Progress:
             torch.cuda.set_device(self._device)
             stream = torch.cuda.Stream(self._device, priority=-1)
         while (job := self._jobs.get()) is not None:
+            began = time.monotonic()
             try:
                 if self._failure is not None:  # the connections are broken: nothing runs any more
                     raise self._failure
@@ -79,6 +82,7 @@ class Progress:
                         job.after.record(stream)
             except BaseException as error:
                 self._failure = job.error = error
+            job.ran = began, time.monotonic()
             job.settle()
 
     def close(self) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import secrets
+import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,10 +130,7 @@ class Ranks:
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
             options._timeout = timeout
-            one_host = len(self.hosts) == 1
-            options._devices = [
-                gloo.create_device(interface="lo") if one_host else gloo.create_default_device()
-            ]
+            options._devices = [gloo.create_device(**_gloo_place(len(self.hosts) == 1, store))]
             group = gloo(store, self.rank, self.size, options)
         self._groups.append(group)
         return group
@@ -173,6 +174,28 @@ class Ranks:
         self._groups.clear()
         self.seams = None
         self._store = None
+
+
+def _gloo_place(one_host: bool, store: dist.Store) -> dict[str, str]:
+    """Where gloo listens: GLOO_SOCKET_IFNAME if set, else the address from which packets to the store go out.
+
+    (The host's name, gloo's own choice, may stand for an address that no other host reaches.)
+    """
+    if one_host:
+        return {"interface": "lo"}
+    if name := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return {"interface": name.split(",")[0]}
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        with suppress(OSError):
+            family, kind, protocol, _, at = socket.getaddrinfo(store.host, 1, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(at)  # sends nothing
+                here = str(probe.getsockname()[0])
+            if not ipaddress.ip_address(here).is_loopback:
+                return {"hostname": here}
+    return {"hostname": socket.gethostname()}
 
 
 def _find_hosts(ranks: Ranks) -> tuple[tuple[int, ...], ...]:

@@ -36,6 +36,12 @@ class Seam(Protocol):
     why: str
     """One line: why this kind was chosen."""
 
+    fused: bool
+    """Whether sum, add and norm are one kernel over the ranks' memory, with nothing to wait for a network."""
+
+    ran: tuple[float, float]
+    """When the latest start's work began and ended, in seconds of the monotonic clock; valid after finish."""
+
     def open(self, rows: int) -> None:
         """Begins a pass of `rows` rows, the residual zero. ValueError beyond the seam's size."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class SharedSeam:
 
     name = "shared memory"
     why = "CPU ranks of one host"
+    fused = True
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
         assert segment.lib is not None
@@ -79,6 +81,8 @@ class SharedSeam:
         self._x = seg.tensor(at[2], (max_rows, hidden), dtype)
         self._views: dict[tuple[int, int], Tensor] = {}
         self._rows = 0
+        self._began = 0.0
+        self.ran = 0.0, 0.0
         self._size, self._rank, self._max_rows = size, rank, max_rows
 
     def open(self, rows: int) -> None:
@@ -104,6 +108,7 @@ class SharedSeam:
 
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`."""
+        self._began = time.monotonic()
         weight = joint.weight if joint.weight.dtype in DTYPES else joint.weight.float()
         if kept is None:
             where, rows = None, self._rows
@@ -126,6 +131,7 @@ class SharedSeam:
     def finish(self) -> Tensor:
         """See `Seam.finish`."""
         check(self._finish(self._address), "a seam")
+        self.ran = self._began, time.monotonic()
         return self._view(1, self._x)
 
     def _residual(self) -> Tensor:

@@ -112,6 +112,7 @@ class Engine:
         """Lets the ranks do one step; returns what came of the one before it."""
         step = self.scheduler.schedule()
         if step is not None:
+            step.cut, step.why = self.executor.worker.weaver.plan(step.num_computed, step.num_query)
             self.executor.submit(step)
             self._under_way.append(step)
         if not self._under_way or (step is not None and len(self._under_way) == 1):

@@ -39,7 +39,7 @@ _FLOATS = (
     "presence_penalty",
 )
 _ARRAYS = ("banned_ids", "bias_ids", "bias_values", "prompt_token_ids", "output_token_ids")
-_HEADER = 7
+_HEADER = 8
 _FIXED = len(_INTEGERS) + len(_FLOATS) + len(_ARRAYS)
 
 
@@ -96,6 +96,8 @@ class Step:
     by_reference       bool: its one token is the last one sampled in its slot, and not in
                        `token_ids`
 
+    `cut`: rows of the first half, 0 where the step runs whole; `why` so, for rank 0's counters alone.
+
     Flat int64 arrays, in sequence order: token_ids, new_pages, targets. Admissions come first: they
     empty a slot's row before this step's pages are appended.
     """
@@ -114,6 +116,8 @@ class Step:
     token_ids: Int64s
     new_pages: Int64s
     targets: Int64s
+    cut: int = 0
+    why: str = ""
 
     @property
     def num_seqs(self) -> int:
@@ -140,6 +144,7 @@ class Step:
                 MAGIC,
                 0,
                 self.number,
+                self.cut,
                 len(self.state_slot),
                 len(self.admissions),
                 len(self.token_ids),
@@ -163,7 +168,7 @@ class Step:
         """
         if words.dtype != np.int64 or words.ndim != 1 or len(words) < _HEADER or words[0] != MAGIC:
             raise ValueError("not a packed step")
-        total, number, sequences, admissions, tokens, targets = words[1:_HEADER].tolist()
+        total, number, cut, sequences, admissions, tokens, targets = words[1:_HEADER].tolist()
         if total != len(words) or min(sequences, admissions, tokens, targets) < 0:
             raise ValueError(f"a packed step of {total} words came as {len(words)}")
         reader = _Reader(words, _HEADER)
@@ -181,7 +186,10 @@ class Step:
             token_ids=reader.take(tokens),
             new_pages=reader.take(int(rows["num_new_pages"].sum(dtype=np.int64))),
             targets=reader.take(targets),
+            cut=cut,
         )
+        if not 0 <= cut < max(step.num_tokens, 1):
+            raise ValueError("a packed step is cut where it has no rows")
         step.admissions = [_unpack_admission(reader) for _ in range(admissions)]
         if reader.at != len(words):
             raise ValueError("a packed step is longer than its parts")

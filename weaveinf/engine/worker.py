@@ -17,7 +17,6 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec, bytes_per_page
-from weaveinf.comm.choose import make_seam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.engine.sampler import Sampler
@@ -27,7 +26,7 @@ from weaveinf.models.loader import load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
 from weaveinf.trace import Trace
-from weaveinf.weave.run import run
+from weaveinf.weave.weaver import Weaver
 
 log = logging.getLogger("weaveinf")
 
@@ -72,9 +71,8 @@ class Worker:
             self.num_pages = self._agree_on_pages(self.model.pool_specs)
             self.pools = Pools(self.model.pool_specs, self.num_pages, PAGE_SIZE, ranks.device)
             self.model.bind(self.pools)
-            self.seam = make_seam(
-                ranks, config.max_num_batched_tokens, self.model_config.hidden_size, self.dtype
-            )
+            self.weaver = Weaver(config, self.model_config, self.model, ranks, self.num_pages)
+            self.seam = self.weaver.seam
             if self.seam.name == "collective" and ranks.device.type == "cpu" and ranks.rank == 0:
                 log.warning("the ranks sum over gloo, which is slower than shared memory: %s", self.seam.why)
             self.sampler = Sampler(
@@ -92,7 +90,6 @@ class Worker:
             torch.from_numpy if device.type == "cpu" else lambda array: torch.from_numpy(array).to(device)
         )
         self._iota = np.arange(config.max_num_seqs + 1, dtype=np.int32)
-        self._why = "one rank" if ranks.size == 1 else "whole batches only in this version"
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
         """Pages of the cache: what the rank with the least room can hold, at most what can be used."""
@@ -116,6 +113,10 @@ class Worker:
             )
         return pages
 
+    def close(self) -> None:
+        """Takes part in no more steps; waits for nobody."""
+        self.weaver.close()
+
     def follow(self) -> None:
         """Runs the steps that rank 0 sends until it sends an empty message."""
         while len(message := self.ranks.control.receive()):
@@ -128,14 +129,16 @@ class Worker:
         for admission in step.admissions:
             self.sampler.admit(admission)
             self._num_blocks[admission.slot] = 0
-        x, _ = run(self.model, self._batch(step), self.seam, self.ranks.votes)
+        x = self.weaver.run(self._batch(step), step.cut)
         output = self.sampler.run(self.model.head, x, step)
         self.steps_done += 1
         phase = "decode" if step.decodes else "prefill"
-        self.trace.step("plain", self._why, phase, time.perf_counter() - began)
+        how = "woven" if step.cut else "fused" if self.seam.fused else "plain"
+        self.trace.step(how, step.why, phase, time.perf_counter() - began)
         return output
 
     def _batch(self, step: Step) -> Batch:
+        """The step's rows; all but the tokens still on the host, where it may be cut."""
         if len(step.new_pages):
             self._append_pages(step)
         lengths, positions = step.num_query, step.num_computed
@@ -156,14 +159,14 @@ class Worker:
         slots = table[seq_of_row, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
         return Batch(
             input_ids=self._input_ids(step, total, seq_of_row),
-            positions=self._put(positions),
-            slot_mapping=self._put(slots),
-            cu_seqlens_q=self._put(cu_seqlens),
-            seq_lens=self._put(seq_lens),
-            num_prompt_tokens=self._put(step.num_prompt_tokens),
-            block_table=self._put(table),
-            state_slot=self._put(step.state_slot),
-            logit_rows=self._put(logit_rows),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slots),
+            cu_seqlens_q=torch.from_numpy(cu_seqlens),
+            seq_lens=torch.from_numpy(seq_lens),
+            num_prompt_tokens=torch.from_numpy(step.num_prompt_tokens),
+            block_table=torch.from_numpy(table),
+            state_slot=torch.from_numpy(step.state_slot),
+            logit_rows=torch.from_numpy(logit_rows),
         )
 
     def _append_pages(self, step: Step) -> None:

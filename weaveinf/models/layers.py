@@ -28,6 +28,7 @@ from weaveinf.ops.norm import rms_norm
 from weaveinf.ops.rope import rope_, write_kv
 
 T = TypeVar("T")
+_KEPT = 32  # row counts of either half, for each kind of block
 Kept = Tensor | None
 Block = Callable[[Tensor | None, Batch, Tensor], Kept | Generator[Tensor, Tensor, Kept]]
 
@@ -41,14 +42,16 @@ class Scratch:
 
     def __init__(self) -> None:
         self._flat: dict[str, Tensor] = {}
-        self._made: dict[Any, tuple[int, Any]] = {}
+        self._made: dict[tuple[Any, int], Any] = {}
 
     def get(self, key: Any, count: int, make: Callable[[int], T]) -> T:
-        """What `make(count)` returned, made anew only when `count` is not the one of last time."""
-        made = self._made.get(key)
-        if made is None or made[0] != count:
-            self._made[key] = made = (count, make(count))
-        return made[1]
+        """What `make(count)` returned, made anew only when `count` was not among the latest."""
+        made = self._made.get((key, count))
+        if made is None:
+            if len(self._made) > _KEPT:
+                self._made.clear()
+            self._made[key, count] = made = make(count)
+        return made
 
     def empty(self, name: str, count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised [count, width]; the memory grows to the largest ever asked and is kept."""

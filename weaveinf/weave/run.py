@@ -1,36 +1,48 @@
-"""The executor: a model is a chain of blocks joined by seams (DESIGN section 1)."""
+"""The executor: a model is a chain of blocks joined by seams (DESIGN section 1).
+
+    for every block, for every half: finish its last seam, run the block, start its next seam
+
+With two halves the seam of one runs while the block of the other computes (TokenWeave, arXiv 2505.11329,
+section 4); with one half this is the ordinary forward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
-from weaveinf.comm.seam import Seam
+from weaveinf.comm.seam import Joint, Seam
 from weaveinf.comm.votes import Votes
 
 if TYPE_CHECKING:
-    from weaveinf.models.layers import Block, Model
+    from weaveinf.models.layers import Block
+
+    Chain = Sequence[tuple[Block, Joint]]
 
 
-def run(model: Model, batch: Batch, seam: Seam, votes: Votes) -> tuple[Tensor, Batch]:
-    """Runs `batch` through every block and seam of the model.
+def run(chain: Chain, halves: Sequence[Batch], seams: Sequence[Seam], votes: Votes) -> Tensor:
+    """Runs a batch, whole or in two halves (`Batch.split`), through every block and seam of a model.
 
-    Returns the normalised rows that are left (`[rows, hidden]`, the same on every rank; valid until
-    the seam's next start) and the batch of these rows.
+    Each half has a seam of its own. Returns the normalised rows that are left (`[rows, hidden]`, the same
+    on every rank; valid until a seam's next start).
     """
-    seam.open(batch.num_tokens)
-    x: Tensor | None = None
-    for block, joint in model.chain:
-        kept = _drive(block, x, batch, seam.partial(), votes)
-        if kept is not None:
-            batch = batch.take(kept)
-        seam.start(joint, kept)
-        x = seam.finish()
-    assert x is not None
-    return x, batch
+    batches = list(halves)
+    seams = seams[: len(batches)]
+    for batch, seam in zip(batches, seams, strict=True):
+        seam.open(batch.num_tokens)
+    for i, (block, joint) in enumerate(chain):
+        for half, seam in enumerate(seams):
+            x = seam.finish() if i else None
+            kept = _drive(block, x, batches[half], seam.partial(), votes)
+            if kept is not None:
+                batches[half] = batches[half].take(kept)
+            seam.start(joint, kept)
+    left = [seam.finish() for seam in seams]
+    return left[0] if len(left) == 1 else torch.cat(left)
 
 
 def _drive(block: Block, x: Tensor | None, batch: Batch, out: Tensor, votes: Votes) -> Tensor | None:

@@ -1,0 +1,157 @@
+"""What really ran: blocks, seams and waits of a rank's latest steps, half by half.
+
+Blocks and seams are wrapped while somebody wants to know; nothing is called here otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from weaveinf.comm.seam import Joint, Seam
+
+if TYPE_CHECKING:
+    from weaveinf.models.layers import Block
+
+KEPT_STEPS = 16
+
+
+class Span(NamedTuple):
+    """Something of a half of a step; seconds of the monotonic clock.
+
+    kind: "block", "seam" or "wait" (for a seam to end). layer: -1 for the embedding.
+    """
+
+    step: int
+    half: int
+    kind: str
+    name: str
+    layer: int
+    start: float
+    end: float
+
+
+class Recorder:
+    """Keeps the spans of the latest steps of one rank."""
+
+    def __init__(self) -> None:
+        self.steps: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
+        self._half = 0
+        self._at = ("embedding", -1)
+        self._number = 0
+
+    def begin(self, number: int) -> None:
+        """What comes now belongs to this step."""
+        self._number = number
+        self.steps.append([])
+
+    def add(self, kind: str, start: float, end: float) -> None:
+        name, layer = self._at
+        self.steps[-1].append(Span(self._number, self._half, kind, name, layer, start, end))
+
+    def chain(self, chain: Sequence[tuple[Block, Joint]]) -> list[tuple[Block, Joint]]:
+        """The same chain, its blocks recorded."""
+        places = [("embedding", -1)]
+        places += [(name, layer) for layer in range(len(chain) // 2) for name in ("attention", "mlp")]
+        return [(self._block(block, at), joint) for (block, joint), at in zip(chain, places, strict=True)]
+
+    def seams(self, seams: Sequence[Seam]) -> list[Seam]:
+        """The same seams, recorded; the first is that of the first half."""
+        return [RecordedSeam(self, seam, half) for half, seam in enumerate(seams)]
+
+    def enter(self, half: int) -> None:
+        """The blocks and seams that come now are of this half."""
+        self._half = half
+
+    def _block(self, block: Block, at: tuple[str, int]) -> Block:
+        def recorded(x: Tensor | None, batch: Any, out: Tensor) -> Any:
+            self._at = at
+            began = time.monotonic()
+            result = block(x, batch, out)
+            if isinstance(result, Generator):
+                return self._votes(result, began)
+            self.add("block", began, time.monotonic())
+            return result
+
+        return recorded
+
+    def _votes(self, block: Generator[Tensor, Tensor, Any], began: float) -> Generator[Tensor, Tensor, Any]:
+        kept = yield from block
+        self.add("block", began, time.monotonic())
+        return kept
+
+
+class RecordedSeam:
+    """A seam that tells a recorder when it ran, and how long was waited for it."""
+
+    def __init__(self, recorder: Recorder, seam: Seam, half: int) -> None:
+        self.name, self.why, self.fused = seam.name, seam.why, seam.fused
+        self.open, self.gather, self.insert, self.close = seam.open, seam.gather, seam.insert, seam.close
+        self._recorder, self._seam, self._half = recorder, seam, half
+        self.ran = seam.ran
+        self._of = recorder._at
+
+    def partial(self) -> Tensor:
+        self._recorder.enter(self._half)
+        return self._seam.partial()
+
+    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+        self._of = self._recorder._at
+        self._seam.start(joint, kept)
+
+    def finish(self) -> Tensor:
+        recorder = self._recorder
+        began = time.monotonic()
+        x = self._seam.finish()
+        ended = time.monotonic()
+        recorder.enter(self._half)
+        recorder._at = self._of
+        recorder.add("wait", began, ended)
+        self.ran = self._seam.ran
+        recorder.add("seam", *self.ran)
+        return x
+
+
+def summary(spans: Iterable[Span]) -> str:
+    """One line about some steps of one rank: seams, how much of them lay under blocks, waits."""
+    total: dict[str, float] = {"block": 0.0, "seam": 0.0, "wait": 0.0}
+    for span in spans:
+        total[span.kind] += span.end - span.start
+    hidden = 1 - min(1.0, total["wait"] / total["seam"]) if total["seam"] else 0.0
+    return (
+        f"blocks {total['block'] * 1e3:.1f} ms, seams {total['seam'] * 1e3:.1f} ms, "
+        f"{hidden:.0%} of them hidden, waits {total['wait'] * 1e3:.1f} ms"
+    )
+
+
+def write_trace(file: Path, ranks: Mapping[int, Sequence[Span]]) -> None:
+    """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev): a process a rank, a track for blocks and
+    waits, and one for seams."""
+    events: list[dict[str, Any]] = []
+    for rank, spans in ranks.items():
+        events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
+        for track, name in enumerate(("compute", "seams")):
+            events.append(
+                {"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": name}}
+            )
+        for span in spans:
+            label = span.name if span.layer < 0 else f"{span.name} {span.layer}"
+            events.append(
+                {
+                    "ph": "X",
+                    "pid": rank,
+                    "tid": int(span.kind == "seam"),
+                    "name": label if span.kind == "block" else f"{span.kind} {label}",
+                    "cat": f"half {'AB'[span.half]}",
+                    "ts": span.start * 1e6,
+                    "dur": (span.end - span.start) * 1e6,
+                    "args": {"step": span.step, "half": "AB"[span.half]},
+                }
+            )
+    file.write_text(json.dumps({"traceEvents": events}) + "\n")

@@ -1,0 +1,160 @@
+"""A rank's seams and plans: where steps are cut, why others are not, and what is recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weaveinf import __version__
+from weaveinf.cache.batch import Batch
+from weaveinf.comm.choose import make_seam
+from weaveinf.comm.ranks import Ranks
+from weaveinf.comm.seam import Seam
+from weaveinf.config import PAGE_SIZE, EngineConfig
+from weaveinf.models.config import ModelConfig
+from weaveinf.ops import native
+from weaveinf.weave import profile
+from weaveinf.weave.plan import Planner, cuts
+from weaveinf.weave.run import run
+from weaveinf.weave.timeline import Recorder
+
+if TYPE_CHECKING:
+    from weaveinf.models.layers import Model
+
+_PROBE_ROWS = 128
+
+
+class Weaver:
+    """Runs batches, whole or woven, on one rank; every rank makes one and makes the same calls.
+
+    Attributes:
+        seam: that of the first half, and of steps that run whole.
+        why: why no step is ever woven; "" where steps may be.
+        planner: rank 0's, which alone is asked, with weave="auto".
+
+    Raises:
+        ValueError: weave="on" where weaving is impossible.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, model: Model, ranks: Ranks, num_pages: int
+    ) -> None:
+        self._ranks, self._model, self._config = ranks, model, model_config
+        self._most = config.max_num_batched_tokens
+        self._tokens = min(model_config.max_model_len, num_pages * PAGE_SIZE)
+        self._dtype = model.pool_specs[0].dtype
+        self.seams = [self._seam()]
+        self.seam = self.seams[0]
+        self.recorder: Recorder | None = None
+        self.planner: Planner | None = None
+        self.why = self._objection(config)
+        if not self.why:
+            self.seams.append(self._seam())
+            costs = self._profile() if config.weave == "auto" else None
+            self.planner = Planner(costs) if costs is not None else None
+
+    def _seam(self) -> Seam:
+        return make_seam(self._ranks, self._most, self._config.hidden_size, self._dtype)
+
+    def _objection(self, config: EngineConfig) -> str:
+        if self._ranks.size == 1:
+            if config.weave == "on":
+                raise ValueError(
+                    "weave='on' is not possible with one rank: there is nothing to send; use more"
+                )
+            return "one rank"
+        if config.weave == "off":
+            return "weave is off"
+        if config.weave == "auto" and self.seam.fused and self._ranks.device.type == "cpu":
+            return "nothing to hide: the ranks share memory"
+        return ""
+
+    def run(self, batch: Batch, cut: int) -> Tensor:
+        """The batch's wanted rows, normalised: [logit rows, hidden]. cut: rows of the first half, or 0."""
+        halves: Sequence[Batch] = batch.split(cut) if cut else (batch,)
+        if self._ranks.device.type != "cpu":
+            halves = [half.to(self._ranks.device) for half in halves]
+        chain, seams, recorder = self._model.chain, self.seams, self.recorder
+        if recorder is not None:
+            chain, seams = recorder.chain(chain), recorder.seams(seams)
+        return run(chain, halves, seams, self._ranks.votes)
+
+    def plan(self, num_computed: NDArray[np.int32], num_query: NDArray[np.int32]) -> tuple[int, str]:
+        """Where to cut a step of these sequences (0: nowhere), and why."""
+        if self.why:
+            return 0, self.why
+        rows = int(num_query.sum())
+        if self.planner is None:  # weave="on"
+            legal = cuts(rows, 1)
+            return (legal[len(legal) // 2], "weave is on") if legal else (0, "too small to cut")
+        before = np.cumsum(num_query) - num_query
+        in_first = np.clip(rows // 2 - before, 0, num_query).astype(np.float64)
+
+        def work(count: NDArray[Any]) -> float:
+            return float((count * (num_computed + (count + 1) / 2)).sum())
+
+        plan = self.planner.plan(rows, work(num_query.astype(np.float64)), work(in_first))
+        return plan.cut, plan.why
+
+    def close(self) -> None:
+        """Closes the seams; waits for nobody."""
+        for seam in self.seams:
+            seam.close()
+
+    # What steps cost here
+
+    def _profile(self) -> profile.Profile | None:
+        """Rank 0 decides whether its kept profile holds; where it does not, all measure together. The
+        others need none: plans travel with the steps."""
+        ranks, rows = self._ranks, min(_PROBE_ROWS, self._most)
+        probe = profile.probe(self._step, rows)
+        kept = profile.load(self._key(), probe, rows) if ranks.rank == 0 else None
+        if ranks.agree("kept" if kept is not None else "")[0]:
+            return kept
+        found = profile.measure(self._step, self._config.num_layers, self._most, self._tokens)
+        if ranks.rank == 0:
+            profile.save(self._key(), found)
+        return found
+
+    def _key(self) -> dict[str, Any]:
+        """All that a profile depends on, but for the speed of the network."""
+        ranks = self._ranks
+        return {
+            "weaveinf": __version__,
+            "torch": torch.__version__,
+            "model": repr(self._config),
+            "dtype": str(self._dtype),
+            "hosts": [len(host) for host in ranks.hosts],
+            "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else native.isa,
+            "threads": torch.get_num_threads(),
+            "seam": self.seam.name,
+            "most_rows": self._most,
+        }
+
+    def _step(self, rows: int, context: int, cut: int, recorder: Recorder) -> None:
+        """Runs made-up tokens behind `context` cached ones; the cache holds whatever it holds."""
+        longest = self._tokens - context
+        lengths = [min(longest, rows - first) for first in range(0, rows, longest)]
+        within = torch.cat([torch.arange(n) for n in lengths])
+        pages = torch.arange(-(-self._tokens // PAGE_SIZE), dtype=torch.int32)
+        positions = (context + within).int()
+        batch = Batch(
+            input_ids=torch.arange(rows) * 7919 % self._config.vocab_size,
+            positions=positions,
+            slot_mapping=positions,  # the pages are in order
+            cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0).int(),
+            seq_lens=context + torch.tensor(lengths, dtype=torch.int32),
+            num_prompt_tokens=context + torch.tensor(lengths, dtype=torch.int32),
+            block_table=pages.expand(len(lengths), -1).contiguous(),
+            state_slot=torch.arange(len(lengths), dtype=torch.int32),
+            logit_rows=torch.tensor([rows - 1]),
+        )
+        self.recorder = recorder
+        recorder.begin(0)
+        self.run(batch, cut)
+        self.recorder = None
