@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("-f", "--file", help="one prompt a line; - reads standard input")
     _sampling(generate)
     generate.add_argument("--n", type=int, default=1, help="samples of each prompt")
-    _json(generate)
+    _results(generate)
 
     chat = _command(commands, "chat", "talk to a model, in its own chat template")
     _engine(chat)
@@ -49,14 +49,21 @@ def parser() -> argparse.ArgumentParser:
     latency.add_argument("--prompt-tokens", type=int, default=128, help="tokens of each (128)")
     latency.add_argument("--decode-tokens", type=int, default=32, help="steps after the first (32)")
     latency.add_argument("--repeats", type=int, default=5, help="of which the median counts (5)")
-    _json(latency)
+    _results(latency)
     throughput = _command(kinds, "throughput", "many requests, all there from the beginning")
     _engine(throughput)
     _load_format(throughput)
     throughput.add_argument("--requests", type=int, default=64, help="number of requests (64)")
     throughput.add_argument("--prompt-tokens", type=int, default=128, help="tokens of each (128)")
     throughput.add_argument("--output-tokens", type=int, default=128, help="tokens of each (128)")
-    _json(throughput)
+    _results(throughput)
+
+    overlap = _command(kinds, "overlap", "what weaving hides, beside the same steps whole")
+    _engine(overlap)
+    _load_format(overlap)
+    overlap.add_argument("--tokens", type=int, nargs="+", default=[512], help="of the prompts (512)")
+    overlap.add_argument("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
+    _results(overlap)
 
     doctor = _command(commands, "doctor", "what this machine has, what will be used, and why")
     doctor.add_argument("--tp", type=int, default=2, help="for that many ranks (2)")
@@ -108,6 +115,7 @@ _SETTINGS = (
     "kv_cache_gib",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "trace",
 )
 
 
@@ -151,6 +159,11 @@ def _sampling(command: argparse.ArgumentParser, max_tokens: int = 128) -> None:
 
 def _load_format(command: argparse.ArgumentParser) -> None:
     command.add_argument("--load-format", help="auto, or dummy for random weights (auto)")
+
+
+def _results(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trace", metavar="FILE", help="write what ran there, as a Chrome trace and a PNG")
+    _json(command)
 
 
 def _json(command: argparse.ArgumentParser) -> None:

@@ -34,6 +34,7 @@ class EngineConfig:
         kv_cache_gib: GiB of KV cache on each rank; None: by the memory that is free.
         max_num_seqs: requests that run at the same time.
         max_num_batched_tokens: tokens computed in one step.
+        trace: file that gets a Chrome trace of the latest steps of all ranks at the end; None: no trace.
 
     Raises:
         ValueError: on a value out of its range, naming it.
@@ -52,6 +53,7 @@ class EngineConfig:
     kv_cache_gib: float | None = None
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, Device)

@@ -14,12 +14,14 @@ class Trace:
     Attributes:
         steps: number of steps by how they ran: "woven", "fused" or "plain".
         reasons: why a step was not woven, with its count.
+        told: what a recorded trace says of blocks, seams and waits, once it was written.
         seconds: duration of the latest steps, by their phase ("prefill" has a row that is not a
             decode row).
     """
 
     steps: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    told: str = ""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
 
     KEPT = 4096

@@ -248,6 +248,7 @@ class _Driver(threading.Thread):
                     recent.append(time.monotonic() - began)
                     watch.slowest = max(recent)
                     watch.done += 1
+            self.worker.tell()
         except Exception as error:
             if watch is None:
                 self._hear(error)

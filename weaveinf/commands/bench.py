@@ -11,13 +11,14 @@ import numpy as np
 from tqdm import trange
 
 from weaveinf.cli import settings
+from weaveinf.commands import overlap
 from weaveinf.commands.report import Machine, Work, steps, what_ran, write_json
 from weaveinf.engine.request import SamplingParams
 from weaveinf.llm import LLM
 
 
 def run(args: argparse.Namespace) -> None:
-    {"latency": latency, "throughput": throughput}[args.bench](args)
+    {"latency": latency, "throughput": throughput, "overlap": overlap.run}[args.bench](args)
 
 
 def latency(args: argparse.Namespace) -> None:

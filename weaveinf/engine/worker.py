@@ -26,6 +26,8 @@ from weaveinf.models.loader import load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
 from weaveinf.trace import Trace
+from weaveinf.weave import timeline
+from weaveinf.weave.timeline import Recorder
 from weaveinf.weave.weaver import Weaver
 
 log = logging.getLogger("weaveinf")
@@ -83,6 +85,8 @@ class Worker:
                 device=ranks.device,
                 votes=ranks.votes,
             )
+        if config.trace is not None:
+            self.weaver.recorder = Recorder()
         self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
         self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
         device = ranks.device
@@ -121,6 +125,17 @@ class Worker:
         """Runs the steps that rank 0 sends until it sends an empty message."""
         while len(message := self.ranks.control.receive()):
             self.execute(Step.unpack(message))
+        self.tell()
+
+    def tell(self) -> None:
+        """After the last step: the ranks bring together what was recorded, and rank 0 writes it."""
+        recorder = self.weaver.recorder
+        if recorder is None or self.config.trace is None:
+            return
+        spans = timeline.collect(recorder, self.ranks)
+        if self.ranks.rank == 0 and spans[0]:
+            self.trace.told = timeline.summary(spans[0])
+            log.info("trace: %s", timeline.write(Path(self.config.trace), spans))
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepOutput:
@@ -129,6 +144,8 @@ class Worker:
         for admission in step.admissions:
             self.sampler.admit(admission)
             self._num_blocks[admission.slot] = 0
+        if self.weaver.recorder is not None:
+            self.weaver.recorder.begin(step.number)
         x = self.weaver.run(self._batch(step), step.cut)
         output = self.sampler.run(self.model.head, x, step)
         self.steps_done += 1

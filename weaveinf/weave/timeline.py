@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, Seam
 
 if TYPE_CHECKING:
@@ -130,28 +131,80 @@ def summary(spans: Iterable[Span]) -> str:
     )
 
 
-def write_trace(file: Path, ranks: Mapping[int, Sequence[Span]]) -> None:
-    """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev): a process a rank, a track for blocks and
-    waits, and one for seams."""
+def collect(recorder: Recorder, ranks: Ranks) -> dict[int, list[Span]]:
+    """The kept spans of all ranks, on every rank; every rank calls it."""
+    mine = json.dumps([span for step in recorder.steps for span in step])
+    return {rank: [Span(*span) for span in json.loads(said)] for rank, said in enumerate(ranks.agree(mine))}
+
+
+def write(file: Path, ranks: Mapping[int, Sequence[Span]]) -> str:
+    """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev) and, beside it, a picture of one step.
+
+    Returns a line that says what was written. OSError when it cannot be.
+    """
     events: list[dict[str, Any]] = []
     for rank, spans in ranks.items():
-        events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
-        for track, name in enumerate(("compute", "seams")):
-            events.append(
-                {"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": name}}
-            )
-        for span in spans:
-            label = span.name if span.layer < 0 else f"{span.name} {span.layer}"
-            events.append(
-                {
-                    "ph": "X",
-                    "pid": rank,
-                    "tid": int(span.kind == "seam"),
-                    "name": label if span.kind == "block" else f"{span.kind} {label}",
-                    "cat": f"half {'AB'[span.half]}",
-                    "ts": span.start * 1e6,
-                    "dur": (span.end - span.start) * 1e6,
-                    "args": {"step": span.step, "half": "AB"[span.half]},
-                }
-            )
+        for track, name in enumerate(("", "compute", "seams")):
+            what = {"name": f"rank {rank}"} if not track else {"name": name}
+            kind = "thread_name" if track else "process_name"
+            events.append({"ph": "M", "pid": rank, "tid": track, "name": kind, "args": what})
+        events += [_event(rank, span) for span in spans]
     file.write_text(json.dumps({"traceEvents": events}) + "\n")
+    try:
+        draw(file.with_suffix(".png"), ranks)
+    except ImportError:
+        return f"{file} (for a picture too: pip install matplotlib)"
+    return f"{file} and {file.with_suffix('.png')}"
+
+
+def _event(rank: int, span: Span) -> dict[str, Any]:
+    place = span.name if span.layer < 0 else f"{span.name} {span.layer}"
+    return {
+        "ph": "X",
+        "pid": rank,
+        "tid": 2 if span.kind == "seam" else 1,
+        "name": place if span.kind == "block" else f"{span.kind} after {place}",
+        "ts": span.start * 1e6,
+        "dur": (span.end - span.start) * 1e6,
+        "args": {"step": span.step, "half": "AB"[span.half]},
+    }
+
+
+_COLOURS = {
+    ("block", 0): "#2b6cb0",
+    ("block", 1): "#dd6b20",
+    ("seam", 0): "#90cdf4",
+    ("seam", 1): "#fbd38d",
+    ("wait", 0): "#e2e8f0",
+    ("wait", 1): "#e2e8f0",
+}
+
+
+def draw(file: Path, ranks: Mapping[int, Sequence[Span]]) -> None:
+    """A PNG of the latest step that has two halves, or of the longest: a row of blocks, one of seams below,
+    for each rank. ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    woven = [span.step for span in ranks[0] if span.half]
+    lengths = {span.step: span.end - span.start for span in ranks[0]}
+    chosen = max(woven) if woven else max(lengths, key=lambda step: lengths[step])
+    figure = Figure(figsize=(14, 1 + 1.3 * len(ranks)), dpi=110)
+    axes = figure.add_subplot()
+    origin = min(span.start for spans in ranks.values() for span in spans if span.step == chosen)
+    for rank, spans in ranks.items():
+        for span in spans:
+            if span.step != chosen:
+                continue
+            row = 2.5 * (len(ranks) - 1 - rank) + (span.kind != "seam")
+            left, width = (span.start - origin) * 1e3, (span.end - span.start) * 1e3
+            colour = _COLOURS[span.kind, span.half]
+            axes.barh(row, width, left=left, height=0.9, color=colour, edgecolor="white", linewidth=0.3)
+    rows = [2.5 * (len(ranks) - 1 - rank) + part for rank in ranks for part in (1, 0)]
+    axes.set_yticks(rows, [f"rank {rank} {part}" for rank in ranks for part in ("blocks", "seams")])
+    axes.set_xlabel("ms")
+    names = {("block", 0): "blocks of half A", ("block", 1): "of half B", ("seam", 0): "seams of half A"}
+    names |= {("seam", 1): "of half B", ("wait", 0): "waiting"}
+    legend = [Patch(color=_COLOURS[kind], label=name) for kind, name in names.items()]
+    figure.legend(handles=legend, ncols=5, loc="upper center", frameon=False)
+    figure.savefig(file, bbox_inches="tight")

@@ -112,11 +112,11 @@ class Weaver:
         """Rank 0 decides whether its kept profile holds; where it does not, all measure together. The
         others need none: plans travel with the steps."""
         ranks, rows = self._ranks, min(_PROBE_ROWS, self._most)
-        probe = profile.probe(self._step, rows)
+        probe = profile.probe(self._rehearse, rows)
         kept = profile.load(self._key(), probe, rows) if ranks.rank == 0 else None
         if ranks.agree("kept" if kept is not None else "")[0]:
             return kept
-        found = profile.measure(self._step, self._config.num_layers, self._most, self._tokens)
+        found = profile.measure(self._rehearse, self._config.num_layers, self._most, self._tokens)
         if ranks.rank == 0:
             profile.save(self._key(), found)
         return found
@@ -136,25 +136,27 @@ class Weaver:
             "most_rows": self._most,
         }
 
-    def _step(self, rows: int, context: int, cut: int, recorder: Recorder) -> None:
-        """Runs made-up tokens behind `context` cached ones; the cache holds whatever it holds."""
+    def rehearsal(self, rows: int, context: int) -> Batch:
+        """Made-up tokens behind `context` cached ones; the cache holds whatever it holds."""
         longest = self._tokens - context
         lengths = [min(longest, rows - first) for first in range(0, rows, longest)]
-        within = torch.cat([torch.arange(n) for n in lengths])
         pages = torch.arange(-(-self._tokens // PAGE_SIZE), dtype=torch.int32)
-        positions = (context + within).int()
-        batch = Batch(
+        positions = (context + torch.cat([torch.arange(n) for n in lengths])).int()
+        seq_lens = context + torch.tensor(lengths, dtype=torch.int32)
+        return Batch(
             input_ids=torch.arange(rows) * 7919 % self._config.vocab_size,
             positions=positions,
             slot_mapping=positions,  # the pages are in order
             cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0).int(),
-            seq_lens=context + torch.tensor(lengths, dtype=torch.int32),
-            num_prompt_tokens=context + torch.tensor(lengths, dtype=torch.int32),
+            seq_lens=seq_lens,
+            num_prompt_tokens=seq_lens,
             block_table=pages.expand(len(lengths), -1).contiguous(),
             state_slot=torch.arange(len(lengths), dtype=torch.int32),
             logit_rows=torch.tensor([rows - 1]),
         )
+
+    def _rehearse(self, rows: int, context: int, cut: int, recorder: Recorder) -> None:
         self.recorder = recorder
         recorder.begin(0)
-        self.run(batch, cut)
+        self.run(self.rehearsal(rows, context), cut)
         self.recorder = None

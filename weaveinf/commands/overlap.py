@@ -1,0 +1,159 @@
+"""`weaveinf bench overlap`: what weaving hides, beside the same step whole, without and with only communication.
+
+Every rank runs this itself (under torchrun, which it starts when it was not): all take the same steps, in
+turns, so that a slow minute of the machine touches all variants alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.cli import settings
+from weaveinf.cluster.rank import LOADING_S
+from weaveinf.comm.local import LocalSeam
+from weaveinf.comm.ranks import Ranks
+from weaveinf.comm.seam import Joint, Seam
+from weaveinf.comm.waits import wait_for
+from weaveinf.commands.report import write_json
+from weaveinf.config import EngineConfig
+from weaveinf.engine.worker import Worker
+from weaveinf.models.layers import Block
+from weaveinf.weave.plan import cuts
+from weaveinf.weave.run import run as run_chain
+
+Links = list[tuple[Block, Joint]]
+
+
+def run(args: argparse.Namespace) -> None:
+    if "RANK" not in os.environ:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        os.execv(sys.executable, [*start, str(args.tp or 2), "-m", "weaveinf", *sys.argv[1:]])
+    if min(args.tokens) < 2 or args.pairs < 1:
+        raise ValueError("--tokens must be at least 2, --pairs at least 1")
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
+    chosen = settings(args) | {"tensor_parallel_size": size}
+    chosen.setdefault("max_num_batched_tokens", max(2048, *args.tokens))
+    config = EngineConfig(**chosen)
+    ranks = Ranks.join(rank, size, store, config.torch_device, LOADING_S)
+    try:
+        bench = Overlap(Worker(config, ranks))
+        cells = [bench.cell(tokens, args.pairs) for tokens in args.tokens]
+        if rank == 0:
+            for cell in cells:
+                print(_TEXT.format(**cell))
+            about = {"model": config.model, "tp": size, "seam": bench.weaver.seam.name, "pairs": args.pairs}
+            write_json(args.json, about | (cells[0] if len(cells) == 1 else {"cells": cells}))
+    finally:
+        ranks.close()
+
+
+_TEXT = (
+    "{tokens:5} tokens: plain {plain_ms:.1f} ms, woven {woven_ms:.1f} ms (cut at {cut}: {why}; predicted "
+    "{predicted_ms:.1f}), {gain:.2f}x; no communication {no_comm_ms:.1f} ms, only communication "
+    "{comm_only_ms:.1f} ms; hidden {hidden_share:.0%}"
+)
+
+
+class Overlap:
+    """The variants of a step, on one rank."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.weaver = worker.weaver
+        self._ranks = worker.ranks
+        self._chain = worker.model.chain
+        hidden, most = worker.model_config.hidden_size, worker.config.max_num_batched_tokens
+        self._alone = LocalSeam(most, hidden, worker.dtype, worker.ranks.device)
+        self._reduced = AllReduceSeam(worker.ranks, most, hidden, worker.dtype)
+        self._links: Links = [(_nothing, joint) for _, joint in self._chain]
+
+    @torch.inference_mode()
+    def cell(self, tokens: int, pairs: int) -> dict[str, Any]:
+        """Medians over `pairs` rounds of all variants of a prompt of `tokens` tokens."""
+        weaver, batch = self.weaver, self.weaver.rehearsal(tokens, 0)
+        cut, why, predicted = self._plan(tokens)
+        middle = cuts(tokens, 1)
+        halved = middle[len(middle) // 2]
+        variants: dict[str, Callable[[], Tensor]] = {
+            "whole": lambda: weaver.run(batch, 0),
+            "woven": lambda: weaver.run(batch, cut),
+            "halved": lambda: weaver.run(batch, halved),
+            "reduced": lambda: self._run(self._chain, batch, self._reduced),
+            "no_comm": lambda: self._run(self._chain, batch, self._alone),
+            "comm_only": lambda: self._run(self._links, batch, weaver.seam),
+        }
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for pair in range(pairs + 1):
+            for name, variant in variants.items():
+                self._meet()
+                began = time.perf_counter()
+                variant()
+                self._meet()
+                if pair:
+                    times[name].append((time.perf_counter() - began) * 1e3)
+        ms = {name: median(values) for name, values in times.items()}
+        plain = min(ms["whole"], ms["reduced"])
+        hideable = min(plain - ms["no_comm"], plain - max(ms["no_comm"], ms["comm_only"]))
+        return {
+            "tokens": tokens,
+            "plain_ms": plain,
+            "woven_ms": ms["woven"],
+            "no_comm_ms": ms["no_comm"],
+            "comm_only_ms": ms["comm_only"],
+            "hidden_share": (plain - ms["woven"]) / hideable if hideable > 0 else 0.0,
+            "gain": plain / ms["woven"],
+            "cut": cut,
+            "why": why,
+            "predicted_ms": predicted,
+            "whole_ms": ms["whole"],
+            "halved_ms": ms["halved"],
+            "all_reduce_ms": ms["reduced"],
+        }
+
+    def _plan(self, tokens: int) -> tuple[int, str, float]:
+        """Rank 0's plan, on all ranks."""
+        cut, why, predicted = 0, self.weaver.why, 0.0
+        if self._ranks.rank == 0 and self.weaver.planner is not None:
+            work = tokens * (tokens + 1) / 2
+            plan = self.weaver.planner.plan(tokens, work, work / 4)
+            cut, why, predicted = plan.cut, plan.why, plan.woven_ms if plan.cut else plan.whole_ms
+        told = self._ranks.votes.sum(torch.tensor([float(cut)]))
+        return int(told), why, predicted
+
+    def _run(self, chain: Links, batch: Batch, seam: Seam) -> Tensor:
+        return run_chain(chain, (batch,), [seam], self._ranks.votes)
+
+    def _meet(self) -> None:
+        self._ranks.votes.sum(torch.zeros(1))
+
+
+def _nothing(x: Tensor | None, batch: Batch, out: Tensor) -> None:
+    """A block that leaves the seam whatever its buffer holds."""
+
+
+class AllReduceSeam(LocalSeam):
+    """What an engine without a seam of its own does: a library's all-reduce, then a local add and norm."""
+
+    name = "all-reduce"
+
+    def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__(max_rows, hidden, dtype, ranks.device)
+        self._group = ranks.seams
+
+    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+        """See `Seam.start`."""
+        rows = self.partial() if kept is None else self.partial()[: len(kept)]
+        if rows.numel():
+            wait_for(self._group.allreduce([rows]), None, "an all-reduce")
+        super().start(joint, kept)
