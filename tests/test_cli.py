@@ -36,6 +36,7 @@ SURFACE = {
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--json"},
     "bench throughput": ENGINE
     | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--json"},
+    "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
     "doctor": {"--tp", "--json"},
 }
 

@@ -28,7 +28,7 @@ class PoolExecutor:
         words = step.pack()
         if self.worker.ranks.size > 1:
             self.worker.ranks.control.send(words)
-        self._queue.append(Step.unpack(words))
+        self._queue.append(replace(Step.unpack(words), why=step.why))
 
     def collect(self) -> StepOutput:
         return self.worker.execute(self._queue.popleft())

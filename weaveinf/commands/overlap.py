@@ -1,4 +1,4 @@
-"""`weaveinf bench overlap`: what weaving hides, beside the same step whole, without and with only communication.
+"""`weaveinf bench overlap`: what weaving hides, beside the same step whole and without its parts.
 
 Every rank runs this itself (under torchrun, which it starts when it was not): all take the same steps, in
 turns, so that a slow minute of the machine touches all variants alike.
@@ -60,9 +60,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 _TEXT = (
-    "{tokens:5} tokens: plain {plain_ms:.1f} ms, woven {woven_ms:.1f} ms (cut at {cut}: {why}; predicted "
-    "{predicted_ms:.1f}), {gain:.2f}x; no communication {no_comm_ms:.1f} ms, only communication "
-    "{comm_only_ms:.1f} ms; hidden {hidden_share:.0%}"
+    "{tokens} tokens: plain {plain_ms:.1f} ms (whole {whole_ms:.1f}, by all-reduces {all_reduce_ms:.1f}), "
+    "woven {woven_ms:.1f}: {gain:.2f}x (cut at {cut}: {why}; predicted {predicted_ms:.1f}); "
+    "no communication {no_comm_ms:.1f}, only communication {comm_only_ms:.1f} "
+    "(all-reduces {all_reduce_only_ms:.1f}); {hidden_share:.0%} of what can be is hidden"
 )
 
 
@@ -92,6 +93,7 @@ class Overlap:
             "reduced": lambda: self._run(self._chain, batch, self._reduced),
             "no_comm": lambda: self._run(self._chain, batch, self._alone),
             "comm_only": lambda: self._run(self._links, batch, weaver.seam),
+            "reduce_only": lambda: self._run(self._links, batch, self._reduced),
         }
         times: dict[str, list[float]] = {name: [] for name in variants}
         for pair in range(pairs + 1):
@@ -119,6 +121,7 @@ class Overlap:
             "whole_ms": ms["whole"],
             "halved_ms": ms["halved"],
             "all_reduce_ms": ms["reduced"],
+            "all_reduce_only_ms": ms["reduce_only"],
         }
 
     def _plan(self, tokens: int) -> tuple[int, str, float]:

@@ -22,8 +22,8 @@ log = logging.getLogger("weaveinf")
 
 ROWS = (8, 32, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of rows that are measured, as far as the settings allow them."""
-STALE = 1.5
-"""A kept profile holds while a seam takes no longer, and no less, than it says, by this factor."""
+STALE, STALE_MS = 1.6, 0.5
+"""A kept profile holds while a seam takes what it says, within this factor or this time."""
 
 Run = Callable[[int, int, int, Recorder], None]
 """(rows, context before them, cut, recorder): every rank runs such a step, and records it."""
@@ -141,8 +141,8 @@ def probe(run: Run, rows: int) -> float:
     return _means(run, rows, 0, 0)["seam"]
 
 
-def load(key: Mapping[str, Any], probe: float, rows: int) -> Profile | None:
-    """The kept profile of `key`, unless a seam of `rows` rows takes another time now (`probe`, ms)."""
+def load(key: Mapping[str, Any], now: float, rows: int) -> Profile | None:
+    """The kept profile of `key`, unless a seam of `rows` rows takes another time `now` (ms)."""
     file = _file(key)
     try:
         found = json.loads(file.read_text())
@@ -155,8 +155,8 @@ def load(key: Mapping[str, Any], probe: float, rows: int) -> Profile | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the profile %s is of no use (%s): measured anew", file, error)
         return None
-    if not said / STALE <= probe <= said * STALE:
-        log.warning("a seam takes %.2f ms, not %.2f as in %s: measured anew", probe, said, file)
+    if not said / STALE <= now <= said * STALE and abs(now - said) > STALE_MS:
+        log.warning("a seam takes %.2f ms, not %.2f as in %s: measured anew", now, said, file)
         return None
     return profile
 

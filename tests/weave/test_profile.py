@@ -1,0 +1,86 @@
+"""A profile finds what steps cost, is kept on disk, and is dropped when it does not fit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from weaveinf.weave import profile
+from weaveinf.weave.plan import Half, Planner, play
+from weaveinf.weave.profile import Profile
+from weaveinf.weave.timeline import Recorder, Span
+
+TRUE = Profile(
+    num_layers=4,
+    rows=(8, 32, 128, 256, 512),
+    embedding=(0.1, 0.1, 0.2, 0.4, 0.8),
+    attention=(1.0, 2.0, 6.0, 12.0, 24.0),
+    mlp=(2.0, 4.0, 14.0, 28.0, 56.0),
+    seams=(0.5, 1.0, 4.0, 8.0, 16.0),
+    per_work=2e-5,
+    block_beside=1.2,
+    seam_beside=1.5,
+)
+
+
+def as_played(rows: int, context: int, cut: int, recorder: Recorder) -> None:
+    """A step that takes exactly what TRUE says."""
+    halves = [Half(rows, context + rows / 2)]
+    if cut:
+        halves = [Half(cut, cut / 2), Half(rows - cut, (cut + rows) / 2)]
+    recorder.begin(0)
+    counts = {h: {"block": -1, "seam": -1} for h in range(2)}
+    for span in play(TRUE, halves, (0, 0), TRUE.num_layers):
+        kind = "seam" if span.what == "seam" else "block"
+        counts[span.half][kind] += 1
+        at = counts[span.half][kind]
+        name = "embedding" if at == 0 else ("attention", "mlp")[(at - 1) % 2]
+        layer = (at - 1) // 2 if at else -1
+        recorder.steps[-1].append(Span(0, span.half, kind, name, layer, span.start / 1e3, span.end / 1e3))
+
+
+def test_measuring_finds_the_costs() -> None:
+    found = profile.measure(as_played, 4, most_rows=512, most_tokens=2048)
+    assert found.rows == TRUE.rows
+    for name in ("embedding", "attention", "mlp", "seams"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
+    assert found.per_work == pytest.approx(TRUE.per_work, rel=1e-6)
+    # The attention's own growth with the context is not told from what a neighbour costs.
+    assert found.block_beside == pytest.approx(TRUE.block_beside, abs=0.1)
+    assert found.seam_beside == pytest.approx(TRUE.seam_beside, abs=0.15)
+    plan = Planner(found).plan(512, 512 * 256.5, 512 * 64.0)
+    assert plan.cut and plan.woven_ms < plan.whole_ms
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    assert TRUE.seam(20, 0) == pytest.approx(0.75)
+    assert TRUE.seam(1024, 0) == pytest.approx(32.0)
+    assert TRUE.block("attention", 128, 100.0, 0) == pytest.approx(6.0 + 2e-5 * 128 * 100)
+
+
+def test_a_kept_profile_is_used_while_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    key = {"model": "m", "tp": 2}
+    with caplog.at_level(logging.WARNING):
+        assert profile.load(key, 4.0, 128) is None and not caplog.records  # none yet: nothing to warn of
+        profile.save(key, TRUE)
+        kept = profile.load(key, 4.4, 128)
+        assert kept is not None and kept.seam(20, 0) == TRUE.seam(20, 0) and not caplog.records
+        assert profile.load({"model": "other", "tp": 2}, 4.0, 128) is None and not caplog.records
+        assert profile.load(key, 9.0, 128) is None  # the network is another one
+        assert "measured anew" in caplog.text
+        (file,) = (tmp_path / "weaveinf" / "profiles").iterdir()
+        for spoilt in (
+            "{",
+            '{"key": {}, "profile": {}}',
+            '{"profile": 3}',
+            file.read_text().replace("mlp", "lpm"),
+        ):
+            caplog.clear()
+            file.write_text(spoilt)
+            assert profile.load(key, 4.0, 128) is None
+            assert "measured anew" in caplog.text
