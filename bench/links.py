@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -182,7 +183,7 @@ def torchrun(
             hosts.kill()
             for process in started:
                 process.wait()
-        said = [open(path, errors="replace").read() for path in paths]
+        said = [Path(path).read_text(errors="replace") for path in paths]
     if late or any(process.returncode for process in started):
         words = "\n".join(said[1::2])[-4000:]
         if late:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,16 +23,52 @@ from make_model import DIRECTORY, write
 BENCH = Path(__file__).parent
 
 
-def measure(rate: str, tokens: list[int], pairs: int, model: Path) -> dict[str, object]:
-    """The command's JSON, and how many bytes left the first host."""
+def measure(rate: str, args: argparse.Namespace, trace: Path) -> list[dict[str, float]]:
+    """The command's cells for one rate."""
     with Hosts(2, rate) as hosts, tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = ["-m", "weaveinf", "bench", "overlap", str(model), "--max-num-batched-tokens"]
-        command += [str(max(2048, *tokens)), "--pairs", str(pairs), "--json", file.name]
-        command += ["--tokens", *map(str, tokens)]
+        command = ["-m", "weaveinf", "bench", "overlap", str(args.model.resolve()), "--json", file.name]
+        command += ["--pairs", str(args.pairs), "--trace", str(trace), "--tokens", *map(str, args.tokens)]
         print(torchrun(hosts, 1, command, seconds=3000.0), end="", flush=True)
-        found: dict[str, object] = json.loads(Path(file.name).read_text())
-        found["bytes_out"] = hosts.bytes_out(0)
-    return found
+        found = json.loads(Path(file.name).read_text())
+    cells: list[dict[str, float]] = found.get("cells", [found])
+    for cell in cells:
+        if not 0.98 <= cell["sent_share"] <= 1.1:
+            raise SystemExit(f"the link moved {cell['sent_share']:.2f} of the bytes that the steps must send")
+    return cells
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """A row for each rate and number of tokens."""
+    lines = [
+        "| link | tokens | plain ms | woven ms | gain | no comm. ms | comm. only ms | hidden | predicted ms |"
+    ]
+    lines.append("| --- |" + " --- |" * 8)
+    for rate, cells in results.items():
+        for cell in cells:
+            row = [rate, f"{cell['tokens']}", *(f"{cell[k]:.0f}" for k in ("plain_ms", "woven_ms"))]
+            row += [f"{cell['gain']:.2f}x", *(f"{cell[k]:.0f}" for k in ("no_comm_ms", "comm_only_ms"))]
+            row += [f"{cell['hidden_share']:.0%}", f"{cell['predicted_ms']:.0f}"]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def plot(file: Path, results: dict[str, list[dict[str, float]]]) -> None:
+    """Gain by tokens, a line for each rate, beside what could be gained at most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=110)
+    axes = figure.add_subplot()
+    for rate, cells in results.items():
+        tokens = [cell["tokens"] for cell in cells]
+        (line,) = axes.plot(tokens, [cell["gain"] for cell in cells], "o-", label=f"woven, {rate}")
+        most = [cell["plain_ms"] / max(cell["no_comm_ms"], cell["comm_only_ms"]) for cell in cells]
+        axes.plot(tokens, most, ":", color=line.get_color(), label=f"all hidden, {rate}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("prompt tokens")
+    axes.set_ylabel("times as fast as plain")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.legend(frameon=False)
+    figure.savefig(file, bbox_inches="tight")
 
 
 def main() -> None:
@@ -45,9 +82,23 @@ def main() -> None:
         raise SystemExit(f"skipped: {missing}")
     if not (args.model / "config.json").exists():
         write(args.model)
+    stem = BENCH / "results" / f"overlap-{datetime.date.today().isoformat()}"
+    results = {}
     for rate in args.rates:
-        print(rate)
-        measure(rate, args.tokens, args.pairs, args.model.resolve())
+        print(rate, flush=True)
+        results[rate] = measure(rate, args, stem.with_name(f"{stem.name}-{rate}-trace.json"))
+    machine = describe()
+    command = f"python bench/overlap.py {' '.join(sys.argv[1:])}".strip()
+    lines = ["# Woven beside plain over limited links", "", table(results), ""]
+    lines += ["Plain: this engine whole, or with one all-reduce and a local norm at every joint, the faster."]
+    lines += ["Hidden: of what communication could be hidden under this step's compute at most.", ""]
+    lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
+    lines += [f"Command: `{command}`", ""]
+    stem.with_suffix(".md").write_text("\n".join(lines))
+    whole = {"command": command, "machine": machine, "rates": results}
+    stem.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+    plot(stem.with_suffix(".png"), results)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 from tests.models.harness import make_checkpoint
 from weaveinf.cli import main, parser
 
+DEMO = str(Path(__file__).parents[1] / "weaveinf" / "assets" / "demo")
 ENGINE = {
     "MODEL",
     "--tp",
@@ -30,12 +31,13 @@ ENGINE = {
 SAMPLING = {"--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--stop"}
 SURFACE = {
     "demo": {"-p", "--prompt", "--tp"},
-    "generate": ENGINE | SAMPLING | {"-p", "--prompt", "-f", "--file", "--n", "--json"},
+    "generate": ENGINE | SAMPLING | {"-p", "--prompt", "-f", "--file", "--n", "--trace", "--json"},
     "chat": ENGINE | SAMPLING | {"--system"},
     "bench latency": ENGINE
-    | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--json"},
+    | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE
-    | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--json"},
+    | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--trace", "--json"},
+    "bench overlap": ENGINE | {"--load-format", "--tokens", "--pairs", "--trace", "--json"},
     "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
     "doctor": {"--tp", "--json"},
 }
@@ -74,7 +76,7 @@ def weaveinf(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         (["generate", ".", "-p", "x", "--top-p", "2"], "top_p must be"),
         (["generate", ".", "-p", "x", "--dtype", "int3"], "dtype='int3' is not one of"),
         (["generate", ".", "-p", "x", "--tp", "0"], "tensor_parallel_size=0"),
-        (["generate", ".", "-p", "x", "--weave", "on"], "weave='on' is not possible"),
+        (["generate", DEMO, "-p", "x", "--weave", "on"], "weave='on' is not possible with one rank"),
         (["generate", ".", "-f", "no-such-file"], "no-such-file"),
         (["bench", "latency", ".", "--batch", "0"], "--batch must be at least 1"),
         (["generate", ".", "--promt", "x"], "unrecognized arguments: --promt"),

@@ -65,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     overlap.add_argument("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
     _results(overlap)
 
+    plan = _command(commands, "plan", "predict what weaving gains on GPUs that need not be here")
+    plan.add_argument("model", metavar="MODEL", help="a directory with a config.json")
+    plan.add_argument("--tp", type=int, default=8, help="number of ranks (8)")
+    plan.add_argument("--gpu", default="h100", help="h100, h200, ... (h100)")
+    plan.add_argument("--tokens", type=int, nargs="+", default=[4096], help="of a prompt (4096)")
+    _json(plan)
+
     doctor = _command(commands, "doctor", "what this machine has, what will be used, and why")
     doctor.add_argument("--tp", type=int, default=2, help="for that many ranks (2)")
     _json(doctor)

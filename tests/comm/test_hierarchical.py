@@ -24,6 +24,7 @@ from tests.comm import test_seams
 from tests.comm.second import second_ranks, store_port
 from tests.comm.test_death import NOTICED_S, die
 from tests.ranks import RankPool, pool
+from weaveinf.comm import ranks as ranks_module
 from weaveinf.comm import segment
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.collective import CollectiveSeam
@@ -172,6 +173,24 @@ def test_a_silent_rank_is_not_waited_for_without_end() -> None:
     with store_port() as port:
         words = pool(4).run(silent, port)
     assert words[2] == "rank 3 lives but did not come to a seam in time"
+
+
+@pytest.mark.parametrize(
+    ("own", "heard", "listen"),
+    [
+        (("10.0.0.2", "10.0.0.1"), ["", "10.0.0.1"], {"hostname": "10.0.0.2"}),
+        (("", ""), ["", "10.0.0.1"], {"hostname": "10.0.0.1"}),  # where the others find the store
+    ],
+)
+def test_where_gloo_listens(
+    own: tuple[str, str], heard: list[str], listen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    ranks = mock.Mock(agree=lambda words: [*heard, words])
+    monkeypatch.setattr(ranks_module, "_route", lambda store: own)
+    assert ranks_module._find_listen(ranks) == listen
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    assert ranks_module._find_listen(ranks) == {"interface": "eth7"}
 
 
 ROWS, WIDTH, JOINTS = 512, 1024, 40

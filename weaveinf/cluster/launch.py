@@ -82,10 +82,16 @@ def _join_torchrun(config: EngineConfig, progress: Progress | None) -> Cluster:
             )
         _look_at_model(config)
     _taken = True
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
+    store, rank, _ = torchrun_s_store()
     if rank > 0:
         raise SystemExit(follow(config, store, rank, size))
     return Cluster(config, store, None, progress)
+
+
+def torchrun_s_store() -> tuple[dist.Store, int, int]:
+    """The store that torchrun's ranks meet at, this one's rank, and how many there are."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
+    return store, rank, size
 
 
 class Cluster:

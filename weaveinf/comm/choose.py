@@ -6,6 +6,7 @@ import torch
 
 from weaveinf.comm import segment
 from weaveinf.comm.collective import CollectiveSeam
+from weaveinf.comm.hierarchical import HierarchicalSeam
 from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Seam
@@ -16,8 +17,8 @@ from weaveinf.comm.shared import DTYPES, SharedSeam
 def make_seam(ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> Seam:
     """A seam for passes of up to `max_rows` rows; every rank calls it, in the same order.
 
-    `.name` is "local", "shared memory" or "collective", the same on every rank; `.why` is one line for
-    the log.
+    `.name` is "local", "shared memory", "hierarchical" or "collective", the same on every rank; `.why` is
+    one line for the log.
     """
     if ranks.size == 1:
         return LocalSeam(max_rows, hidden, dtype, ranks.device)
@@ -25,7 +26,10 @@ def make_seam(ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> S
     why = next((f"rank {r}: {words}" for r, words in enumerate(objections) if words), "")
     if not why:
         try:
-            return SharedSeam(ranks, max_rows, hidden, dtype)
+            kind = SharedSeam if len(ranks.hosts) == 1 else HierarchicalSeam
+            return kind(ranks, max_rows, hidden, dtype)
+        except TimeoutError:  # is an OSError, too
+            raise
         except OSError as error:
             why = error.strerror or str(error)
     return CollectiveSeam(ranks, max_rows, hidden, dtype, why)
@@ -35,10 +39,13 @@ def _objection(ranks: Ranks, dtype: torch.dtype) -> str:
     """Why this rank cannot use shared memory, or nothing."""
     if ranks.device.type != "cpu":
         return f"its device is {ranks.device.type}"
-    if len(ranks.hosts) > 1:
-        return f"the ranks are on {len(ranks.hosts)} hosts"
-    if ranks.size > MAX_RANKS:
-        return f"more than {MAX_RANKS} ranks"
+    counts = sorted({len(host) for host in ranks.hosts})
+    if counts == [1]:
+        return f"{len(ranks.hosts)} hosts with one rank each"
+    if len(counts) > 1:
+        return f"some hosts have {counts[0]} ranks and others {counts[-1]}"
+    if counts[0] > MAX_RANKS:
+        return f"more than {MAX_RANKS} ranks on a host"
     if dtype not in DTYPES:
         return f"no shared-memory kernel for {dtype}"
     return segment.reason

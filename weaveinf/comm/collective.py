@@ -9,7 +9,7 @@ are latency: each rank sends all of them to all, and computes all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ class CollectiveSeam:
         self.why = why
         self._ranks = ranks
         self._group = ranks.seams
+        self._tag = 8 * next(ranks.seam_numbers)
         self._nccl = ranks.device.type == "cuda"
         size, row_bytes = ranks.size, hidden * dtype.itemsize
         self._few = min(max_rows, _FEW_BYTES // (row_bytes * (size - 1)))
@@ -108,7 +109,7 @@ class CollectiveSeam:
         """The same list, nothing for this rank itself."""
         return [t if r != self._ranks.rank else t[:0] for r, t in enumerate(tensors)]
 
-    def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> None:
+    def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Iterator[None]:
         if kept is not None:
             self._move(kept, before, rows)
         shares, me = self._shares(rows), self._ranks.rank
@@ -123,12 +124,13 @@ class CollectiveSeam:
             self._exchange(
                 self._to_peers([self._partial[chunk(at, span)] for span in shares]),
                 self._to_peers([self._inbox[r][chunk(at, (0, last - first))] for r in range(len(shares))]),
-                tag=1,
+                self._tag + 1,
             )
             for at in starts
         ]
         back: _Works = []
         for at, works in zip(starts, sums, strict=True):
+            yield
             self._wait(works)
             mine, own = chunk(at, (first, last)), chunk(at, (0, last - first))
             parts = [self._inbox[r][own] for r in range(len(shares))]
@@ -147,8 +149,9 @@ class CollectiveSeam:
                 back += self._exchange(
                     self._to_peers([self._x[mine]] * len(shares)),
                     self._to_peers([self._x[chunk(at, span)] for span in shares]),
-                    tag=2,
+                    self._tag + 2,
                 )
+        yield
         self._wait(back)
 
     def _move(self, kept: Tensor, before: int, rows: int) -> None:
@@ -174,7 +177,7 @@ class CollectiveSeam:
             out = [held[shifted(overlap(me, r), cuts[me])] for r in ranks]
             into = [self._spare[shifted(overlap(r, me), first)] for r in ranks]
             into[me].copy_(out[me])
-            self._wait(self._exchange(self._to_peers(out), self._to_peers(into), tag=3))
+            self._wait(self._exchange(self._to_peers(out), self._to_peers(into), self._tag + 3))
         self._residual, self._spare = self._spare, self._residual
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -188,7 +191,8 @@ class CollectiveSeam:
         def run() -> None:
             mine = self._residual.index_select(0, rows[places[me]] - spans[me][0])
             into = [result.new_empty(len(place), result.shape[1]) for place in places]
-            self._wait(self._exchange(self._to_peers([mine] * len(spans)), self._to_peers(into), tag=4))
+            to_all = self._to_peers([mine] * len(spans))
+            self._wait(self._exchange(to_all, self._to_peers(into), self._tag + 4))
             into[me] = mine
             for place, values in zip(places, into, strict=True):
                 result.index_copy_(0, place, values)

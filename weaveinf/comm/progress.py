@@ -1,21 +1,30 @@
-"""The one thread of a rank that issues the collective seams, in the order of their starts."""
+"""The one thread of a rank that issues the collective seams.
+
+Work that is a generator yields before each of its waits, so that the next job's first messages leave
+meanwhile: the network has no pause between one half's seam and the other's. Which messages overtake which
+then depends on the moment, so a seam's messages have tags of their own.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+Work = Callable[[], Iterator[None] | None]
 
 
 class Job:
     """Something under way on the progress thread. ran: from when to when, on the monotonic clock."""
 
-    def __init__(self, work: Callable[[], None], before: Any) -> None:
+    def __init__(self, work: Work, before: Any) -> None:
         self.work = work
+        self.steps: Iterator[None] | None = None
         self.before = before
         self.after: Any = None
         self.error: BaseException | None = None
@@ -37,7 +46,7 @@ class Job:
 
 
 class Progress:
-    """Runs jobs one after another: a thread on CPU, a thread and a high-priority stream on CUDA."""
+    """Runs jobs, the oldest first: a thread on CPU, a thread and a high-priority stream on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,7 +55,7 @@ class Progress:
         self._failure: BaseException | None = None
         self._closed = False
 
-    def submit(self, work: Callable[[], None]) -> Job:
+    def submit(self, work: Work) -> Job:
         """Queues `work` behind all jobs before it, and behind the caller's stream."""
         if self._closed:
             raise RuntimeError("the ranks are closed")
@@ -67,23 +76,48 @@ class Progress:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             stream = torch.cuda.Stream(self._device, priority=-1)
-        while (job := self._jobs.get()) is not None:
-            began = time.monotonic()
+        active: deque[Job] = deque()
+        closing = False
+        while active or not closing:
             try:
-                if self._failure is not None:  # the connections are broken: nothing runs any more
-                    raise self._failure
-                if stream is None:
-                    job.work()
-                else:
-                    with torch.cuda.stream(stream):
-                        stream.wait_event(job.before)
-                        job.work()
-                        job.after = torch.cuda.Event()
-                        job.after.record(stream)
-            except BaseException as error:
-                self._failure = job.error = error
-            job.ran = began, time.monotonic()
-            job.settle()
+                job = self._jobs.get(block=not active)
+            except queue.Empty:
+                job = active[0]
+            if job is None:
+                closing = True
+            elif self._advance(job, stream):
+                if job in active:
+                    active.remove(job)
+            elif job not in active:
+                active.append(job)
+
+    def _advance(self, job: Job, stream: torch.cuda.Stream | None) -> bool:
+        """Runs a job to its next yield; whether it is over."""
+        try:
+            if self._failure is not None:  # the connections are broken: nothing runs any more
+                raise self._failure
+            if stream is not None:
+                with torch.cuda.stream(stream):
+                    stream.wait_event(job.before)
+                    for _ in job.work() or ():
+                        pass
+                    job.after = torch.cuda.Event()
+                    job.after.record(stream)
+            elif job.steps is None:
+                job.ran = time.monotonic(), 0.0
+                job.steps = iter(job.work() or ())
+                next(job.steps)
+                return False
+            else:
+                next(job.steps)
+                return False
+        except StopIteration:
+            pass
+        except BaseException as error:
+            self._failure = job.error = error
+        job.ran = job.ran[0], time.monotonic()
+        job.settle()
+        return True
 
     def close(self) -> None:
         """Lets the thread end behind what is queued; waits a second for it at most."""

@@ -7,9 +7,11 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +55,15 @@ class Ranks:
         self.silence_s = silence_s
         self.hosts: tuple[tuple[int, ...], ...] = ((0,),)
         self.progress = Progress(device)
+        self.seam_numbers = count()  # every rank makes the same seams in the same order
         self.seams: Backend = None
         self.segment: Segment | None = None
         # Of a single rank, or until `join` has found better.
         self.votes: Votes = GlooVotes(None, 1)
         self.control: Channel = GlooChannel(None, 0, 1, silence_s)
         self._store = store
-        self._agreements = 0
+        self._listen = {"interface": "lo"}
+        self._agreements: Counter[str] = Counter()
         self._groups: list[Backend] = []
 
     @classmethod
@@ -93,6 +97,8 @@ class Ranks:
     def _connect(self) -> None:
         self.hosts = _find_hosts(self)
         one_host = len(self.hosts) == 1
+        if not one_host:
+            self._listen = _find_listen(self)
         self.seams = self._group("seams", self.device.type, timedelta(seconds=self.silence_s))
         able = one_host and self.size <= MAX_RANKS and segment.lib is not None
         words = SharedVotes.bytes(self.size)
@@ -130,21 +136,26 @@ class Ranks:
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
             options._timeout = timeout
-            options._devices = [gloo.create_device(**_gloo_place(len(self.hosts) == 1, store))]
+            options._devices = [gloo.create_device(**self._listen)]
             group = gloo(store, self.rank, self.size, options)
         self._groups.append(group)
         return group
 
-    def agree(self, words: str) -> list[str]:
-        """The words of all ranks, in rank order: for start-up, through the store. Every rank calls it."""
+    def agree(self, words: str, among: Sequence[int] | None = None) -> list[str]:
+        """The words of all ranks, or of those `among`, in that order: for start-up, through the store.
+
+        Every one of these ranks calls it with the same `among`. TimeoutError when one does not come.
+        """
         if self._store is None:
             return [words]
-        self._agreements += 1
-        keys = [f"agree/{self._agreements}/{r}" for r in range(self.size)]
-        self._store.set(keys[self.rank], words or "-")
+        scope = "agree" if among is None else "agree " + " ".join(map(str, among))
+        among = range(self.size) if among is None else among
+        self._agreements[scope] += 1
+        keys = [f"{scope}/{self._agreements[scope]}/{r}" for r in among]
+        self._store.set(keys[among.index(self.rank)], words or "-")
         deadline = time.monotonic() + self.silence_s
         pause = 0.0005
-        for rank, key in enumerate(keys):
+        for rank, key in zip(among, keys, strict=True):
             while not self._heard(key):
                 if time.monotonic() > deadline:
                     raise TimeoutError(
@@ -176,15 +187,21 @@ class Ranks:
         self._store = None
 
 
-def _gloo_place(one_host: bool, store: dist.Store) -> dict[str, str]:
+def _find_listen(ranks: Ranks) -> dict[str, str]:
     """Where gloo listens: GLOO_SOCKET_IFNAME if set, else the address from which packets to the store go out.
 
+    From the store's own host they go out by the loopback: it is the address where the others find the store.
     (The host's name, gloo's own choice, may stand for an address that no other host reaches.)
     """
-    if one_host:
-        return {"interface": "lo"}
+    here, there = _route(ranks._store)
+    heard = next((words for words in ranks.agree(there) if words), "")
     if name := os.environ.get("GLOO_SOCKET_IFNAME"):
         return {"interface": name.split(",")[0]}
+    return {"hostname": here or heard or socket.gethostname()}
+
+
+def _route(store: dist.Store | None) -> tuple[str, str]:
+    """This host's and the store's address, as packets from here to there carry them; "" for none."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if isinstance(store, dist.TCPStore):
@@ -192,10 +209,10 @@ def _gloo_place(one_host: bool, store: dist.Store) -> dict[str, str]:
             family, kind, protocol, _, at = socket.getaddrinfo(store.host, 1, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(at)  # sends nothing
-                here = str(probe.getsockname()[0])
-            if not ipaddress.ip_address(here).is_loopback:
-                return {"hostname": here}
-    return {"hostname": socket.gethostname()}
+                here, there = str(probe.getsockname()[0]), str(probe.getpeername()[0])
+            if not ipaddress.ip_address(here.split("%")[0]).is_loopback:
+                return here, there
+    return "", ""
 
 
 def _find_hosts(ranks: Ranks) -> tuple[tuple[int, ...], ...]:

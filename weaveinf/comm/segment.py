@@ -28,6 +28,8 @@ SHM = Path("/dev/shm")
 MAX_RANKS = 8
 LINE = 128
 """Bytes of one rank's counter line (struct Line)."""
+BLAMED = 28
+"""Where in it the int32 `blamed` lies."""
 
 SILENCE_S = 300.0
 """How long a living peer may stay silent before a wait gives up."""

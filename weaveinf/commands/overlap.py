@@ -11,16 +11,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cli import settings
+from weaveinf.cluster.launch import torchrun_s_store
 from weaveinf.cluster.rank import LOADING_S
 from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
@@ -30,8 +31,10 @@ from weaveinf.commands.report import write_json
 from weaveinf.config import EngineConfig
 from weaveinf.engine.worker import Worker
 from weaveinf.models.layers import Block
+from weaveinf.weave import timeline
 from weaveinf.weave.plan import cuts
 from weaveinf.weave.run import run as run_chain
+from weaveinf.weave.timeline import Recorder
 
 Links = list[tuple[Block, Joint]]
 
@@ -42,15 +45,19 @@ def run(args: argparse.Namespace) -> None:
         os.execv(sys.executable, [*start, str(args.tp or 2), "-m", "weaveinf", *sys.argv[1:]])
     if min(args.tokens) < 2 or args.pairs < 1:
         raise ValueError("--tokens must be at least 2, --pairs at least 1")
-    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
+    store, rank, size = torchrun_s_store()
     chosen = settings(args) | {"tensor_parallel_size": size}
+    trace = chosen.pop("trace", None)  # of one step at the end, not of all that are timed
     chosen.setdefault("max_num_batched_tokens", max(2048, *args.tokens))
     config = EngineConfig(**chosen)
     ranks = Ranks.join(rank, size, store, config.torch_device, LOADING_S)
     try:
         bench = Overlap(Worker(config, ranks))
         cells = [bench.cell(tokens, args.pairs) for tokens in args.tokens]
+        spans = timeline.collect(bench.recorded(args.tokens[-1]), ranks) if trace else {}
         if rank == 0:
+            if trace:
+                print(f"{timeline.summary(spans[0])}: {timeline.write(Path(trace), spans)}")
             for cell in cells:
                 print(_TEXT.format(**cell))
             about = {"model": config.model, "tp": size, "seam": bench.weaver.seam.name, "pairs": args.pairs}
@@ -96,6 +103,7 @@ class Overlap:
             "reduce_only": lambda: self._run(self._links, batch, self._reduced),
         }
         times: dict[str, list[float]] = {name: [] for name in variants}
+        before = _sent()
         for pair in range(pairs + 1):
             for name, variant in variants.items():
                 self._meet()
@@ -105,6 +113,7 @@ class Overlap:
                 if pair:
                     times[name].append((time.perf_counter() - began) * 1e3)
         ms = {name: median(values) for name, values in times.items()}
+        sent = (_sent() - before) / ((pairs + 1) * self._bytes(tokens))
         plain = min(ms["whole"], ms["reduced"])
         hideable = min(plain - ms["no_comm"], plain - max(ms["no_comm"], ms["comm_only"]))
         return {
@@ -122,7 +131,21 @@ class Overlap:
             "halved_ms": ms["halved"],
             "all_reduce_ms": ms["reduced"],
             "all_reduce_only_ms": ms["reduce_only"],
+            "sent_share": sent,
         }
+
+    @torch.inference_mode()
+    def recorded(self, tokens: int) -> Recorder:
+        """A step of `tokens` tokens as it is planned, recorded."""
+        recorder = Recorder()
+        cut, _, _ = self._plan(tokens)
+        batch = self.weaver.rehearsal(tokens, 0)
+        self._meet()
+        self.weaver.recorder = recorder
+        recorder.begin(0)
+        self.weaver.run(batch, cut)
+        self.weaver.recorder = None
+        return recorder
 
     def _plan(self, tokens: int) -> tuple[int, str, float]:
         """Rank 0's plan, on all ranks."""
@@ -134,11 +157,24 @@ class Overlap:
         told = self._ranks.votes.sum(torch.tensor([float(cut)]))
         return int(told), why, predicted
 
+    def _bytes(self, tokens: int) -> float:
+        """What a rank on a host of its own sends in a round: each joint's rows once there and once back, but
+        for its own share; the last layer's joints have one row."""
+        size, joints = self._ranks.size, len(self._chain)
+        row_bytes = self._alone.partial().shape[1] * self._alone.partial().element_size()
+        return 2 * (size - 1) / size * tokens * row_bytes * (4 * (joints - 2) + 2 * joints)
+
     def _run(self, chain: Links, batch: Batch, seam: Seam) -> Tensor:
         return run_chain(chain, (batch,), [seam], self._ranks.votes)
 
     def _meet(self) -> None:
         self._ranks.votes.sum(torch.zeros(1))
+
+
+def _sent() -> int:
+    """Bytes that have left this host (or network namespace) so far."""
+    counters = psutil.net_io_counters(pernic=True)
+    return sum(counter.bytes_sent for name, counter in counters.items() if name != "lo")
 
 
 def _nothing(x: Tensor | None, batch: Batch, out: Tensor) -> None:

@@ -43,9 +43,14 @@ class Worker:
 
     Args:
         progress: called with (bytes loaded, bytes in all) as the shard is read.
+
+    Raises:
+        ValueError: for a checkpoint or settings that cannot work here.
     """
 
     def __init__(self, config: EngineConfig, ranks: Ranks, progress: Progress | None = None) -> None:
+        if config.weave == "on" and ranks.size == 1:
+            raise ValueError("weave='on' is not possible with one rank, which sends nothing; use more")
         self.config = config
         self.ranks = ranks
         self.path = resolve(config.model, config.revision)

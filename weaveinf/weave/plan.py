@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
 from typing import Literal, NamedTuple, Protocol
 
 Stage = Literal["embedding", "attention", "mlp"]
@@ -79,26 +78,22 @@ class Half(NamedTuple):
 
 def play(costs: Costs, halves: Sequence[Half], ctas: tuple[int, int], layers: int) -> list[Span]:
     """The executor's loop (weave/run.py) on one half or two: what starts and ends when, by its end."""
+    both = range(len(halves))
     attention, mlp = ctas if len(halves) > 1 else (0, 0)
-    given: dict[Stage | None, int] = {"embedding": mlp, "attention": attention, "mlp": mlp, None: 0}
-    # While a seam runs, and after it.
-    blocks = {
-        (stage, h): tuple(costs.block(stage, *half, units) for units in (given[stage], 0))
-        for stage in ("embedding", "attention", "mlp")
-        for h, half in enumerate(halves)
-    }
-    seams = {
-        (units, h): costs.seam(half.rows, units) for units in {*given.values()} for h, half in enumerate(halves)
-    }
+    given: dict[Stage, int] = {"embedding": mlp, "attention": attention, "mlp": mlp}
+    blocks = {(stage, h): costs.block(stage, *halves[h], given[stage]) for stage in given for h in both}
+    seams = {(units, h): costs.seam(halves[h].rows, units) for units in {attention, mlp, 0} for h in both}
     line = _Line(costs.beside(sum(half.rows for half in halves)))
-    chain: list[Stage] = ["embedding"] + ["attention", "mlp"] * layers
-    for stage, following in pairwise([*chain, None]):
-        for h in range(len(halves)):
+    chain: list[Stage] = ["embedding"]
+    for _ in range(layers):
+        chain += ["attention", "mlp"]
+    for stage, next_given in zip(chain, [given[stage] for stage in chain[1:]] + [0], strict=True):
+        for h in both:
             line.await_seam(h)
-            line.block(h, stage, *blocks[stage, h])
+            line.block(h, stage, blocks[stage, h])
             # The first half's seam lies under the second's same block, the second's under the first's next.
-            line.seams.append(_Seam(h, seams[given[following if h else stage], h], line.now))
-    for h in range(len(halves)):
+            line.start_seam(h, seams[next_given if h else given[stage], h])
+    for h in both:
         line.await_seam(h)
     return line.spans
 
@@ -116,40 +111,44 @@ class _Line:
     def __init__(self, beside: tuple[float, float]) -> None:
         self.now = 0.0
         self.spans: list[Span] = []
-        self.seams: list[_Seam] = []
+        self._seams: list[_Seam] = []
         self._slow_block, self._slow_seam = beside
 
-    def await_seam(self, half: int) -> None:
-        while any(seam.half == half for seam in self.seams):
-            self._pass(self.seams[0].work, 1.0)
+    def start_seam(self, half: int, work: float) -> None:
+        self._seams.append(_Seam(half, work, self.now))
 
-    def block(self, half: int, stage: Stage, beside: float, alone: float) -> None:
-        start, left, beside = self.now, 1.0, max(beside * self._slow_block, 1e-9)
-        while self.seams and left > 0:
-            time = min(left * beside, self.seams[0].work * self._slow_seam)
-            left -= time / beside
+    def await_seam(self, half: int) -> None:
+        while any(seam.half == half for seam in self._seams):
+            self._pass(self._seams[0].work, 1.0)
+
+    def block(self, half: int, stage: Stage, work: float) -> None:
+        start = self.now
+        while self._seams and work > 1e-12:
+            time = min(work * self._slow_block, self._seams[0].work * self._slow_seam)
+            work -= time / self._slow_block
             self._pass(time, self._slow_seam)
-        self.now += left * alone
+        self.now += work
         self.spans.append(Span(half, stage, start, self.now))
 
     def _pass(self, time: float, slow: float) -> None:
         """Time goes by; the first seam gets on."""
         self.now += time
-        seam = self.seams[0]
+        seam = self._seams[0]
         seam.work -= time / slow
         if seam.work <= 1e-12:
             self.spans.append(Span(seam.half, "seam", seam.start, self.now))
-            del self.seams[0]
-            if self.seams:
-                self.seams[0].start = max(self.seams[0].start, self.now)
+            del self._seams[0]
+            if self._seams:
+                self._seams[0].start = max(self._seams[0].start, self.now)
 
 
 def predict(costs: Costs, halves: Sequence[Half], ctas: tuple[int, int]) -> float:
     """ms of a step, whole (one half) or woven (two)."""
     layers = min(costs.num_layers, _PLAYED)
     spans = play(costs, halves, ctas, layers)
-    before, last = [span.end for span in spans if span.what == "mlp" and span.half == 0][-2:]
-    return costs.outside(sum(half.rows for half in halves)) + spans[-1].end + (costs.num_layers - layers) * (last - before)
+    ends = [span.end for span in spans if span.what == "mlp" and span.half == 0]
+    outside = costs.outside(sum(half.rows for half in halves))
+    return outside + spans[-1].end + (costs.num_layers - layers) * (ends[-1] - ends[-2:][0])
 
 
 class Planner:
@@ -177,10 +176,11 @@ class Planner:
         best, cut, ctas = math.inf, 0, (0, 0)
         for at in cuts(rows, costs.row_block):
             halves = split(rows, context, share, at)
-            for given in product(costs.seam_ctas, repeat=2):
-                woven = predict(costs, halves, given)
-                if woven < best:
-                    best, cut, ctas = woven, at, given
+            for attention in costs.seam_ctas:
+                for mlp in costs.seam_ctas:
+                    woven = predict(costs, halves, (attention, mlp))
+                    if woven < best:
+                        best, cut, ctas = woven, at, (attention, mlp)
         if not cut:
             return Plan(0, (0, 0), whole, whole, "too small to cut")
         if best > GAIN * whole:
@@ -194,7 +194,7 @@ def cuts(rows: int, row_block: int) -> list[int]:
     half, reach = round(rows / 2 / row_block), rows // 6 // row_block
     steps = [0] + [1 << i for i in range(reach.bit_length())]
     found = {(half + sign * step) * row_block for step in steps for sign in (-1, 1)}
-    return sorted(at for at in found if rows <= 3 * at <= 2 * rows)
+    return sorted(at for at in found if 0 < rows <= 3 * at <= 2 * rows)
 
 
 def split(rows: int, context: float, share: float, at: int) -> list[Half]:

@@ -3,11 +3,16 @@
 A product of T rows by N columns is cut into tiles; all units (SMs) compute a tile each, wave after wave, and
 the last wave costs as much as a full one. So a cut in two halves is cheap where both fill their waves, and a
 seam that takes units away can cost a whole wave more (TokenWeave, arXiv 2505.11329, section 4.2).
+
+Two things slow down a whole layer. The host issues operations one by one and may need longer than they do:
+two halves are twice as many. And power, which grows with the cube of the clock, bounds what a GPU computes
+in the mean: where communication leaves no pauses, the clock sinks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weaveinf.models.config import ModelConfig
@@ -16,7 +21,7 @@ from weaveinf.weave.plan import Stage
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet figures of one GPU: units; dense bfloat16 FLOP/us; bytes/us of memory, and to its peers."""
+    """Data-sheet figures: units; dense bfloat16 FLOP/us; bytes/us of memory, and to other GPUs, one way."""
 
     units: int
     flops: float
@@ -27,72 +32,78 @@ class Gpu:
 GPUS = {
     "h100": Gpu(132, 989.4e6, 3.35e6, 0.45e6),
     "h200": Gpu(132, 989.4e6, 4.8e6, 0.45e6),
+    "h800": Gpu(132, 989.4e6, 3.35e6, 0.2e6),
+    "h20": Gpu(78, 148.0e6, 4.0e6, 0.45e6),
+    "b200": Gpu(148, 2250.0e6, 8.0e6, 0.9e6),
 }
 
+# Fitted together on what was published of 8 H100 in eager mode: kernels by rows and CTAs (tables K1 to K4),
+# an MLP by rows (the split ablation), and a 70B model's prefill of 1K, 4K and 16K tokens, plain, without
+# communication and woven. None is of a model or a size. Behind each: of what, and what it hangs on most.
 FITTED = {
-    "gemm": 0.774,  # of the data sheet's FLOP/s that a tile gets
-    "kernel_us": 6.0,  # from one kernel to the next
-    "elementwise": 0.43,  # of memory bandwidth: rotation, cache writes, activation
-    "attention": 0.561,  # of FLOP/s
-    "norm": 0.91,  # of memory bandwidth
-    "seam_us": 15.0,  # of a collective, however small
-    "link": 0.69,  # of the link's bandwidth
-    "cta": 6300.0,  # bytes/us that one CTA reduces, normalises and spreads
-    "outside_us": 4000.0,  # of a step, whatever its rows
-    "outside_us_per_row": 1.1,
-    "issue_us": 21.0,
-    "beside": 1.25,  # how much slower a seam is under a block
-    "throttle": 0.0, "slow": 1.0,
+    "gemm": 0.749,  # data-sheet FLOP/s, matrix products; split ablation
+    "kernel": 0.593,  # data-sheet FLOP/s, attention; prefill of 16K
+    "memory": 0.855,  # bandwidth, norms and weights; K1
+    "elementwise": 0.541,  # bandwidth, rotations, cache writes, activations; split ablation
+    "gap_us": 5.23,  # from one kernel to the next; K1, split ablation
+    "link": 0.707,  # bandwidth; K1 to K4
+    "cta": 6620.0,  # bytes/us that one CTA of a seam sums and normalises; K4
+    "beside": 1.63,  # how much slower a seam is under a block; prefill, woven
+    "power": 0.476,  # data-sheet FLOP/s that full clock bears in the mean; prefill without communication
+    "issue_us": 21.2,  # of the host for one operation; prefill of 1K, woven
+    "outside_us": 2570.0,  # of a step, whatever its rows; prefill
+    "outside_us_per_row": 2.38,  # prefill
 }
 _TILES = ((128, 256), (128, 128))
 _BYTES = 2
+# What the host issues, output buffers included: the five kernels of attention; the three of an MLP; routing
+# (product, softmax, top-k, scaling), sorting, the two grouped products, activation and sum of a mixture.
+_ISSUED_ATTENTION, _ISSUED_MLP, _ISSUED_MIXTURE = 6, 4, 19
+_SMALL_KERNELS = 6  # of a mixture's, those that route and sort
 
 
 class GpuCosts:
     """`Costs` of a model on `tp` GPUs of a kind, by data sheet and the constants above."""
 
     row_block = 128
-    seam_ctas = (2, 4, 8)
+    seam_ctas: Sequence[int] = (2, 4, 8)
 
     def __init__(self, config: ModelConfig, tp: int, gpu: Gpu) -> None:
         self.num_layers = config.num_layers
         self._gpu, self._tp = gpu, tp
         self._hidden = config.hidden_size
         self._q = config.num_heads * config.head_dim // tp
-        self._kv = max(config.num_kv_heads // tp, 1) * config.head_dim
+        self._qkv = self._q + 2 * max(config.num_kv_heads // tp, 1) * config.head_dim
         self._inner = config.intermediate_size // tp
+        self._windows = [window or math.inf for window in config.windows]
         self._experts = config.experts
+        self._mixtures, self._chosen_inner = 0.0, 0  # share of the layers; of all chosen experts together
         if config.experts is not None:
-            self._inner = config.experts.intermediate_size // tp
+            self._mixtures = sum(config.experts.layers) / config.num_layers
+            self._chosen_inner = config.experts.top_k * config.experts.intermediate_size // tp
+
+    # Costs
 
     def block(self, stage: Stage, rows: int, context: float, seam_ctas: int) -> float:
-        """See `Costs.block`."""
-        us = self._block(stage, rows, context, self._gpu.units - seam_ctas)
-        if stage == "embedding": return us/1e3
-        layer = sum(self._block(s, rows, context, self._gpu.units - seam_ctas) for s in ("attention", "mlp"))
-        pause = 0 if seam_ctas else 2*self.seam(rows,0)*1e3
-        return us * max(1.0, (self._issue(2)-pause)/layer)/1e3
-
-    def _issue(self, joint):
-        return FITTED["issue_us"]*(6+joint+(19 if self._experts else 4))
-
-    def _block(self, stage: Stage, rows: int, context: float, units: int) -> float:
+        """See `Costs.block`. With no seam beside it, pauses follow; woven, there are none."""
+        units = self._gpu.units - seam_ctas
         if stage == "embedding":
-            return self._moves(2 * rows * self._hidden, "elementwise")
-        if stage == "mlp":
-            return self._mlp(rows, units)
-        flops = 4 * rows * context * self._q
-        attention = FITTED["kernel_us"] + flops / (FITTED["attention"] * self._gpu.flops * units / self._gpu.units)
-        us = self._product(rows, self._q + 2 * self._kv, self._hidden, units)
-        us += self._moves(2 * rows * (self._q + 2 * self._kv), "elementwise") + attention
-        return us + self._product(rows, self._hidden, self._q, units)
+            return self._moves(2 * rows * self._hidden, "elementwise") / 1e3
+        attention, mlp = self._attention(rows, context, units), self._mlp(rows, units)
+        if seam_ctas:
+            seams, pauses = 0.0, self.outside(2 * rows) / 2
+        else:
+            seams, pauses = 2e3 * self.seam(rows, 0), self.outside(rows)
+        slow = self._slow(rows, context, attention + mlp, seams, 1e3 * pauses / self.num_layers, 2)
+        return (attention if stage == "attention" else mlp) * slow / 1e3
 
     def seam(self, rows: int, seam_ctas: int) -> float:
-        """See `Costs.seam`. What CTAs can move and what the link can, whichever is less."""
+        """See `Costs.seam`: a kernel and two barriers, each as long as its launch, and the link, or the
+        CTAs if there are too few; these have one direction of the link to wait for, all the same."""
         own = rows * self._hidden * _BYTES
         link = own * (1 + 1 / self._tp) / (FITTED["link"] * self._gpu.link)
-        cta = link/2 + own / self._tp / (FITTED["cta"] * seam_ctas) if seam_ctas else 0.0
-        return (FITTED["seam_us"] + max(link, cta)) / 1e3
+        few = link / 2 + own / self._tp / (FITTED["cta"] * seam_ctas) if seam_ctas else 0.0
+        return (3 * FITTED["gap_us"] + max(link, few)) / 1e3
 
     def outside(self, rows: int) -> float:
         """See `Costs.outside`."""
@@ -100,52 +111,96 @@ class GpuCosts:
 
     def beside(self, rows: int) -> tuple[float, float]:
         """See `Costs.beside`."""
-        return FITTED["slow"], FITTED["beside"]
+        return 1.0, FITTED["beside"]
 
     def plain(self, rows: int) -> tuple[float, float]:
-        layer = self._layer(rows)
-        norm = self._moves(4 * rows * self._hidden, "norm")
-        reduce = 1e3*self.seam(rows, 0)
-        L=self.num_layers
-        hot=FITTED["throttle"]*layer
+        """ms of a prompt of `rows` tokens with an all-reduce and then a norm at every joint, the state of
+        the art without a fused seam; and of the same with the communication left out."""
+        blocks = self._attention(rows, rows / 2, self._gpu.units) + self._mlp(rows, self._gpu.units)
+        norm = self._moves(4 * rows * self._hidden, "memory")
+        outside = 1e3 * self.outside(rows)
+
+        def step(joint: float, issued: int) -> float:
+            pauses = outside / self.num_layers
+            layer = blocks * self._slow(rows, rows / 2, blocks, 2 * joint, pauses, issued) + 2 * joint
+            return (outside + self.num_layers * layer + joint) / 1e3
+
+        return step(1e3 * self.seam(rows, 0) + norm, 4), step(norm, 2)
+
+    # Parts of a layer, in us
+
+    def _slow(
+        self, rows: int, context: float, blocks: float, joints: float, pauses: float, issued: int
+    ) -> float:
+        """How many times longer a layer's blocks take than alone, between joints in which the host issues
+        `issued` operations."""
+        products = self._hidden * (self._qkv + self._q + 3 * self._mean(self._inner, self._chosen_inner))
+        flops = 2 * rows * (products + 2 * self._read(context) * self._q)
+        power = flops / (blocks + joints + pauses) / (FITTED["power"] * self._gpu.flops)
+        operations = issued + _ISSUED_ATTENTION + self._mean(_ISSUED_MLP, _ISSUED_MIXTURE)
+        return max(1.0, power ** (1 / 3), (FITTED["issue_us"] * operations - joints) / blocks)
+
+    def _mean(self, mlp: float, mixture: float) -> float:
+        """Over the layers, of which some have an MLP and others a mixture."""
+        return mlp + self._mixtures * (mixture - mlp)
+
+    def _read(self, context: float) -> float:
+        """Cached tokens that a row reads, in the mean over the layers' windows."""
+        return sum(min(context, window) for window in self._windows) / len(self._windows)
+
+    def _attention(self, rows: int, context: float, units: int) -> float:
+        rate = FITTED["kernel"] * self._gpu.flops * units / self._gpu.units
         return (
-            self.outside(rows) + (L*max(layer+2*norm+2*reduce, self._issue(4))+norm+reduce)/1e3,
-            self.outside(rows) + (L*max(layer+hot+2*norm, self._issue(2))+norm)/1e3,
+            self._product(rows, self._qkv, self._hidden, units)
+            + self._moves(2 * rows * self._qkv, "elementwise")
+            + FITTED["gap_us"]
+            + 4 * rows * self._read(context) * self._q / rate
+            + self._product(rows, self._hidden, self._q, units)
         )
 
-    def _layer(self, rows: int) -> float:
-        return sum(self._block(stage, rows, rows / 2, self._gpu.units) for stage in ("attention", "mlp"))
-
-    def _joints(self) -> int:
-        return 2 * self.num_layers + 1
-
     def _mlp(self, rows: int, units: int) -> float:
-        n, k, moved = self._inner, self._hidden, 3 * rows * self._inner
+        dense = self._gated(rows, self._inner, units, 0.0)
         if self._experts is None:
-            us = self._product(rows, 2 * n, k, units) + self._product(rows, k, n, units)
-            return us + self._moves(moved, "elementwise")
-        count, chosen = self._experts.count, self._experts.top_k
-        us = self._product(rows, 2 * n, k, units, grouped=True) + self._product(rows, k, n, units, grouped=True)
-        us += self._product(rows, count, k, units) + self._moves(moved * chosen, "elementwise")
-        us += self._moves((chosen+1)*rows*k,"elementwise")
-        return us + 6*FITTED["kernel_us"]
+            return dense
+        count, top_k = self._experts.count, self._experts.top_k
+        hit = count * (1 - (1 - top_k / count) ** rows)  # experts that have rows at all
+        mixture = (
+            self._product(rows, count, self._hidden, units)
+            + _SMALL_KERNELS * FITTED["gap_us"]
+            + self._gated(rows * top_k, self._chosen_inner // top_k, units, hit)
+            + self._moves((top_k + 1) * rows * self._hidden, "elementwise")
+        )
+        return self._mean(dense, mixture)
 
-    def _product(self, rows: float, n: int, k: int, units: int, grouped=False) -> float:
-        rate = FITTED["attention" if grouped else "gemm"] * self._gpu.flops / self._gpu.units
-        hit=1
-        if grouped:
-            e=self._experts
-            hit = e.count * (1 - (1 - e.top_k / e.count) ** rows)
-            each=rows*e.top_k/hit
-        def tall(m):
-            return hit*max(1,each/m+.5) if grouped else math.ceil(rows/m)
-        waves = [
-            math.ceil(tall(m) * math.ceil(n / w) / units) * 2 * m * w * k / rate
-            for m, w in (_TILES if not grouped else _TILES+((64,256),))
-        ]
-        read = hit * n * k * _BYTES / (FITTED["norm"] * self._gpu.memory)
-        return FITTED["kernel_us"] + max(min(waves), read)
+    def _gated(self, rows: int, inner: int, units: int, experts: float) -> float:
+        return (
+            self._product(rows, 2 * inner, self._hidden, units, experts)
+            + self._moves(3 * rows * inner, "elementwise")
+            + self._product(rows, self._hidden, inner, units, experts)
+        )
+
+    def _product(self, rows: int, n: int, k: int, units: int, experts: float = 0.0) -> float:
+        """[rows, k] by [k, n], at the better of the tile shapes; at least what reading the weights takes.
+
+        experts: among which the rows are shared, each with weights of its own. A grouped product gathers
+        and scatters rows one by one, which hides under nothing, and fills half a tile less of each.
+        """
+        rate = FITTED["gemm"] * self._gpu.flops / self._gpu.units
+        memory = FITTED["memory"] * self._gpu.memory
+        times = []
+        for height, width in _TILES:
+            height = min(height, 16 * math.ceil(rows / max(experts, 1) / 16))
+            padded = max(rows + experts * height / 2, experts * height)
+            times.append(waves(padded, n, units, (height, width)) * 2 * height * width * k / rate)
+        read = max(experts, 1) * n * k * _BYTES / memory
+        scattered = rows * (n + k) * _BYTES / memory if experts else 0.0
+        return FITTED["gap_us"] + max(min(times), read) + scattered
 
     def _moves(self, elements: float, kind: str) -> float:
-        """us to move elements through memory in one kernel."""
-        return FITTED["kernel_us"] + elements * _BYTES / (FITTED[kind] * self._gpu.memory)
+        """A kernel that moves elements through memory."""
+        return FITTED["gap_us"] + elements * _BYTES / (FITTED[kind] * self._gpu.memory)
+
+
+def waves(rows: float, n: int, units: int, tile: tuple[int, int] = _TILES[0]) -> int:
+    """In how many turns `units` compute the tiles of a product of `rows` by n."""
+    return math.ceil(math.ceil(rows / tile[0]) * math.ceil(n / tile[1]) / units)

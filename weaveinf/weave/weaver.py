@@ -36,9 +36,6 @@ class Weaver:
         seam: that of the first half, and of steps that run whole.
         why: why no step is ever woven; "" where steps may be.
         planner: rank 0's, which alone is asked, with weave="auto".
-
-    Raises:
-        ValueError: weave="on" where weaving is impossible.
     """
 
     def __init__(
