@@ -1,8 +1,8 @@
 """What the parts of a step cost on a GPU: matrix products in waves of tiles, attention, seams by CTAs.
 
 A product of T rows by N columns is cut into tiles; all units (SMs) compute a tile each, wave after wave, and
-the last wave costs as much as a full one. So a cut in two halves is cheap where both fill their waves, and a
-seam that takes units away can cost a whole wave more (TokenWeave, arXiv 2505.11329, section 4.2).
+units without a tile in the last wave are partly lost. So a cut in two halves is cheap where both fill their
+waves, and a seam that takes units away can cost a wave more (TokenWeave, arXiv 2505.11329, section 4.2).
 
 Two things slow down a whole layer. The host issues operations one by one and may need longer than they do:
 two halves are twice as many. And power, which grows with the cube of the clock, bounds what a GPU computes
@@ -41,20 +41,20 @@ GPUS = {
 # an MLP by rows (the split ablation), and a 70B model's prefill of 1K, 4K and 16K tokens, plain, without
 # communication and woven. None is of a model or a size. Behind each: of what, and what it hangs on most.
 FITTED = {
-    "gemm": 0.749,  # data-sheet FLOP/s, matrix products; split ablation
+    "gemm": 0.729,  # data-sheet FLOP/s, matrix products; split ablation
+    "idle": 0.254,  # share that is lost of what the last wave leaves unused; split ablation
     "kernel": 0.593,  # data-sheet FLOP/s, attention; prefill of 16K
-    "memory": 0.855,  # bandwidth, norms and weights; K1
-    "elementwise": 0.541,  # bandwidth, rotations, cache writes, activations; split ablation
+    "memory": 0.855,  # bandwidth; norms of K1
     "gap_us": 5.23,  # from one kernel to the next; K1, split ablation
-    "link": 0.707,  # bandwidth; K1 to K4
+    "link": 0.706,  # bandwidth; K1 to K4
     "cta": 6620.0,  # bytes/us that one CTA of a seam sums and normalises; K4
-    "beside": 1.63,  # how much slower a seam is under a block; prefill, woven
-    "power": 0.476,  # data-sheet FLOP/s that full clock bears in the mean; prefill without communication
-    "issue_us": 21.2,  # of the host for one operation; prefill of 1K, woven
-    "outside_us": 2570.0,  # of a step, whatever its rows; prefill
-    "outside_us_per_row": 2.38,  # prefill
+    "beside": 1.42,  # how much slower a seam is under a block; prefill, woven
+    "power": 0.472,  # data-sheet FLOP/s that full clock bears in the mean; prefill without communication
+    "issue_us": 20.6,  # of the host for one operation; prefill of 1K, woven
+    "outside_us": 4530.0,  # of a step, whatever its rows; prefill
+    "outside_us_per_row": 2.24,  # prefill
 }
-_TILES = ((128, 256), (128, 128))
+_TILE, _GROUPED_TILE = (256, 128), (128, 256)  # rows by columns
 _BYTES = 2
 # What the host issues, output buffers included: the five kernels of attention; the three of an MLP; routing
 # (product, softmax, top-k, scaling), sorting, the two grouped products, activation and sum of a mixture.
@@ -88,7 +88,7 @@ class GpuCosts:
         """See `Costs.block`. With no seam beside it, pauses follow; woven, there are none."""
         units = self._gpu.units - seam_ctas
         if stage == "embedding":
-            return self._moves(2 * rows * self._hidden, "elementwise") / 1e3
+            return self._moves(2 * rows * self._hidden) / 1e3
         attention, mlp = self._attention(rows, context, units), self._mlp(rows, units)
         if seam_ctas:
             seams, pauses = 0.0, self.outside(2 * rows) / 2
@@ -117,7 +117,7 @@ class GpuCosts:
         """ms of a prompt of `rows` tokens with an all-reduce and then a norm at every joint, the state of
         the art without a fused seam; and of the same with the communication left out."""
         blocks = self._attention(rows, rows / 2, self._gpu.units) + self._mlp(rows, self._gpu.units)
-        norm = self._moves(4 * rows * self._hidden, "memory")
+        norm = self._moves(4 * rows * self._hidden)
         outside = 1e3 * self.outside(rows)
 
         def step(joint: float, issued: int) -> float:
@@ -152,7 +152,7 @@ class GpuCosts:
         rate = FITTED["kernel"] * self._gpu.flops * units / self._gpu.units
         return (
             self._product(rows, self._qkv, self._hidden, units)
-            + self._moves(2 * rows * self._qkv, "elementwise")
+            + self._moves(2 * rows * self._qkv)
             + FITTED["gap_us"]
             + 4 * rows * self._read(context) * self._q / rate
             + self._product(rows, self._hidden, self._q, units)
@@ -168,39 +168,43 @@ class GpuCosts:
             self._product(rows, count, self._hidden, units)
             + _SMALL_KERNELS * FITTED["gap_us"]
             + self._gated(rows * top_k, self._chosen_inner // top_k, units, hit)
-            + self._moves((top_k + 1) * rows * self._hidden, "elementwise")
+            + self._moves((top_k + 1) * rows * self._hidden)
         )
         return self._mean(dense, mixture)
 
     def _gated(self, rows: int, inner: int, units: int, experts: float) -> float:
         return (
             self._product(rows, 2 * inner, self._hidden, units, experts)
-            + self._moves(3 * rows * inner, "elementwise")
+            + self._moves(3 * rows * inner)
             + self._product(rows, self._hidden, inner, units, experts)
         )
 
     def _product(self, rows: int, n: int, k: int, units: int, experts: float = 0.0) -> float:
-        """[rows, k] by [k, n], at the better of the tile shapes; at least what reading the weights takes.
+        """[rows, k] by [k, n]; at least what reading the weights takes.
 
         experts: among which the rows are shared, each with weights of its own. A grouped product gathers
         and scatters rows one by one, which hides under nothing, and fills half a tile less of each.
         """
         rate = FITTED["gemm"] * self._gpu.flops / self._gpu.units
         memory = FITTED["memory"] * self._gpu.memory
-        times = []
-        for height, width in _TILES:
-            height = min(height, 16 * math.ceil(rows / max(experts, 1) / 16))
-            padded = max(rows + experts * height / 2, experts * height)
-            times.append(waves(padded, n, units, (height, width)) * 2 * height * width * k / rate)
+        height, width = _GROUPED_TILE if experts else _TILE
+        height = min(height, 16 * math.ceil(rows / max(experts, 1) / 16))
+        filled = tiles(max(rows + experts * height / 2, experts * height), n, (height, width)) / units
+        full = filled + FITTED["idle"] * (math.ceil(filled) - filled)
         read = max(experts, 1) * n * k * _BYTES / memory
         scattered = rows * (n + k) * _BYTES / memory if experts else 0.0
-        return FITTED["gap_us"] + max(min(times), read) + scattered
+        return FITTED["gap_us"] + max(full * 2 * height * width * k / rate, read) + scattered
 
-    def _moves(self, elements: float, kind: str) -> float:
+    def _moves(self, elements: float) -> float:
         """A kernel that moves elements through memory."""
-        return FITTED["gap_us"] + elements * _BYTES / (FITTED[kind] * self._gpu.memory)
+        return FITTED["gap_us"] + elements * _BYTES / (FITTED["memory"] * self._gpu.memory)
 
 
-def waves(rows: float, n: int, units: int, tile: tuple[int, int] = _TILES[0]) -> int:
-    """In how many turns `units` compute the tiles of a product of `rows` by n."""
-    return math.ceil(math.ceil(rows / tile[0]) * math.ceil(n / tile[1]) / units)
+def tiles(rows: float, n: int, tile: tuple[int, int] = _TILE) -> int:
+    """Of a product of `rows` by n."""
+    return math.ceil(rows / tile[0]) * math.ceil(n / tile[1])
+
+
+def waves(rows: int, n: int, units: int) -> int:
+    """In how many waves `units` compute the tiles of a product of `rows` by n."""
+    return math.ceil(tiles(rows, n) / units)
