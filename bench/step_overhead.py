@@ -13,13 +13,15 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from machine import describe
 
 from weaveinf import LLM, SamplingParams
-from weaveinf.engine import worker
+from weaveinf.cache.batch import Batch
+from weaveinf.weave import weaver
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -35,9 +37,9 @@ CONFIG = {
 REPEATS = 5
 
 
-def without_blocks(model: object, batch: worker.Batch, *_: object) -> tuple[torch.Tensor, worker.Batch]:
+def without_blocks(chain: object, halves: Sequence[Batch], *_: object) -> torch.Tensor:
     """In the place of weave.run: rows of ones where logits are wanted."""
-    return torch.ones(len(batch.logit_rows), CONFIG["hidden_size"], dtype=torch.bfloat16), batch
+    return torch.ones(len(halves[0].logit_rows), CONFIG["hidden_size"], dtype=torch.bfloat16)
 
 
 def microseconds(llm: LLM, batch: int, params: SamplingParams) -> tuple[float, float]:
@@ -56,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time an engine step without a model.")
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
-    worker.run = without_blocks
+    weaver.run = without_blocks
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(CONFIG))
         llm = LLM(directory, load_format="dummy", dtype="bfloat16", show_progress=False)

@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; never returns. Exit code 2: wrong input, 1: it failed, 130: interrupted."""
     args = parser().parse_args(argv)
     try:
-        if getattr(args, "json", None) not in (None, "-"):
-            Path(args.json).touch()  # better to hear now that it cannot be written than after the work
+        for file in (getattr(args, name, None) for name in ("json", "trace")):
+            if file not in (None, "-"):
+                Path(file).touch()  # better to hear now that it cannot be written than after the work
         import_module(f"weaveinf.commands.{args.command}").run(args)
     except BrokenPipeError:
         # Whoever read our output has had enough; what is still buffered must not raise again.

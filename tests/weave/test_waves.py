@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from weaveinf.cli import main
 from weaveinf.models.config import ModelConfig
 from weaveinf.weave.plan import Half, Planner, cuts, predict
-from weaveinf.weave.waves import FITTED, GPUS, GpuCosts, waves
+from weaveinf.weave.waves import FITTED, GPUS, GpuCosts, tiles
 
 LLAMA_70B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -151,6 +152,10 @@ def test_wrong_input_is_named(
     assert weaveinf_plan(tmp_path, *args) == 2
     said = capsys.readouterr()
     assert remedy in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
+def waves(rows: int, n: int, units: int) -> int:
+    return math.ceil(tiles(rows, n) / units)
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,7 @@ class Batch:
         wanted = torch.searchsorted(rows, self.logit_rows)
         kept = wanted.clamp(max=max(rows.shape[0] - 1, 0))
         present = rows[kept] == self.logit_rows if rows.shape[0] else wanted < 0
-        return replace(
-            self,
-            input_ids=self.input_ids[rows],
-            positions=self.positions[rows],
-            slot_mapping=self.slot_mapping[rows],
-            cu_seqlens_q=at,
-            logit_rows=wanted[present],
-        )
+        return self._rows(rows, at, self.seq_lens, wanted[present])
 
     def split(self, at: int) -> tuple[Batch, Batch]:
         """The rows before `at` and the others, 0 < at < T. The sequences stay, if with no rows.
@@ -71,12 +64,15 @@ class Batch:
         starts = self.cu_seqlens_q
         later = (starts - at).clamp(min=0)
         logits = int(torch.searchsorted(self.logit_rows, at))
+        ends = self.seq_lens - later.diff()
         return (
-            self._span(slice(0, at), starts.clamp(max=at), self.seq_lens - later.diff(), slice(0, logits)),
-            self._span(slice(at, None), later, self.seq_lens, slice(logits, None)),
+            self._rows(slice(0, at), starts.clamp(max=at), ends, self.logit_rows[:logits]),
+            self._rows(slice(at, None), later, self.seq_lens, self.logit_rows[logits:] - at),
         )
 
-    def _span(self, rows: slice, cu_seqlens_q: Tensor, seq_lens: Tensor, logits: slice) -> Batch:
+    def _rows(
+        self, rows: Tensor | slice, cu_seqlens_q: Tensor, seq_lens: Tensor, logit_rows: Tensor
+    ) -> Batch:
         return replace(
             self,
             input_ids=self.input_ids[rows],
@@ -84,7 +80,7 @@ class Batch:
             slot_mapping=self.slot_mapping[rows],
             cu_seqlens_q=cu_seqlens_q,
             seq_lens=seq_lens,
-            logit_rows=self.logit_rows[logits] - rows.start,
+            logit_rows=logit_rows,
         )
 
     def to(self, device: torch.device) -> Batch:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from weaveinf.comm import segment
+from weaveinf.comm.errors import RankDied
 from weaveinf.comm.segment import SILENT, Group, Segment, check
 from weaveinf.comm.waits import Backend, wait_for
 
 _LOOK_S = 0.2
 """A receiver comes back to Python this often, so that signals are handled."""
+
+
+_FAREWELL_S = 1.0
+"""How long a rank that closes gloo's channel waits for the other end to do so."""
 
 
 class Channel(Protocol):
@@ -90,7 +96,8 @@ class GlooChannel:
     """Point-to-point sends of a gloo group of its own; also the channel of a single rank.
 
     A timed-out receive breaks gloo's connections, so a thread waits there without a limit, and
-    `receive` waits for the thread. It ends with the connection.
+    `receive` waits for the thread. It ends with rank 0's farewell or with the connection, and before
+    `close` returns, as a rule: inside gloo when the interpreter ends, it would abort the process.
     """
 
     def __init__(self, group: Backend, rank: int, size: int, silence_s: float) -> None:
@@ -98,14 +105,20 @@ class GlooChannel:
         self._size = size
         self._silence_s = silence_s
         self._arrived: queue.SimpleQueue[np.ndarray | Exception] = queue.SimpleQueue()
+        self._listener: threading.Thread | None = None
         if group is not None and rank != 0:
-            threading.Thread(target=self._listen, args=(group,), name="weaveinf-control", daemon=True).start()
+            self._listener = threading.Thread(
+                target=self._listen, args=(group,), name="weaveinf-control", daemon=True
+            )
+            self._listener.start()
 
     def _listen(self, group: Backend) -> None:
         try:
             while True:
                 length = torch.empty(1, dtype=torch.int64)
                 wait_for(group.recv([length], 0, 0), 0, "the control channel")
+                if int(length) < 0:
+                    return
                 body = torch.empty(int(length), dtype=torch.int64)
                 if body.numel():
                     wait_for(group.recv([body], 0, 0), 0, "the control channel")
@@ -138,4 +151,11 @@ class GlooChannel:
 
     def close(self) -> None:
         """See `Channel.close`."""
-        self._group = None
+        group, self._group = self._group, None
+        if self._listener is not None:
+            self._listener.join(timeout=_FAREWELL_S)
+        elif group is not None:
+            farewell = torch.tensor([-1])
+            for peer in range(1, self._size):
+                with suppress(RankDied, TimeoutError):
+                    wait_for(group.send([farewell], peer, 0), peer, "the control channel", _FAREWELL_S)

@@ -135,16 +135,7 @@ class CollectiveSeam:
             mine, own = chunk(at, (first, last)), chunk(at, (0, last - first))
             parts = [self._inbox[r][own] for r in range(len(shares))]
             parts[me] = self._partial[mine]
-            if mine.stop > mine.start:
-                add_rms_norm(
-                    parts,
-                    self._residual[own],
-                    joint.weight,
-                    joint.eps,
-                    joint.weight_offset,
-                    joint.residual_scale,
-                    self._x[mine],
-                )
+            self._add_and_norm(joint, parts, own, self._x[mine])
             if rows > self._few:
                 back += self._exchange(
                     self._to_peers([self._x[mine]] * len(shares)),
@@ -153,6 +144,19 @@ class CollectiveSeam:
                 )
         yield
         self._wait(back)
+
+    def _add_and_norm(self, joint: Joint, parts: Sequence[Tensor], own: slice, x: Tensor) -> None:
+        """Rows `own` of the residual, and x of them."""
+        if len(x):
+            add_rms_norm(
+                parts,
+                self._residual[own],
+                joint.weight,
+                joint.eps,
+                joint.weight_offset,
+                joint.residual_scale,
+                x,
+            )
 
     def _move(self, kept: Tensor, before: int, rows: int) -> None:
         """Brings the residual of the kept rows to the ranks whose shares they now are."""

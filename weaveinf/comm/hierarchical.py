@@ -28,7 +28,6 @@ from weaveinf.comm.errors import RankDied
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
 from weaveinf.comm.segment import BLAMED, LINE, Segment, check, share
-from weaveinf.ops.norm import add_rms_norm
 
 _PAGE = 4096
 
@@ -131,18 +130,6 @@ class HierarchicalSeam(CollectiveSeam):
             )
         self._wait(back)
         self._meet(rows)
-
-    def _add_and_norm(self, joint: Joint, parts: Sequence[Tensor], own: slice, x: Tensor) -> None:
-        if len(x):
-            add_rms_norm(
-                parts,
-                self._residual[own],
-                joint.weight,
-                joint.eps,
-                joint.weight_offset,
-                joint.residual_scale,
-                x,
-            )
 
     def _across(self, out: Sequence[Tensor], into: Sequence[Tensor], tag: int) -> _Works:
         """Sends out[h] to this rank's counterpart on host h and receives into[h] from it."""

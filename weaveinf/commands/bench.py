@@ -12,7 +12,7 @@ from tqdm import trange
 
 from weaveinf.cli import settings
 from weaveinf.commands import overlap
-from weaveinf.commands.report import Machine, Work, steps, what_ran, write_json
+from weaveinf.commands.report import Machine, Work, steps, tell_trace, what_ran, write_json
 from weaveinf.engine.request import SamplingParams
 from weaveinf.llm import LLM
 
@@ -50,6 +50,7 @@ def latency(args: argparse.Namespace) -> None:
             "machine_gflops": machine.gflops,
             "machine_gb_per_s": machine.gb_per_s,
         }
+    tell_trace(llm)
     if args.json != "-":
         print(_latency_text(result))
     write_json(args.json, result)
@@ -109,6 +110,7 @@ def throughput(args: argparse.Namespace) -> None:
             "machine_gflops": machine.gflops,
             "machine_gb_per_s": machine.gb_per_s,
         }
+    tell_trace(llm)
     if args.json != "-":
         print(_throughput_text(result))
     write_json(args.json, result)

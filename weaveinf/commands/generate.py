@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weaveinf.cli import settings
-from weaveinf.commands.report import steps, what_ran, write_json
+from weaveinf.commands.report import steps, tell_trace, what_ran, write_json
 from weaveinf.engine.request import RequestOutput, SamplingParams
 from weaveinf.llm import LLM
 
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
                 if sample.finish_reason == "abort":
                     raise RuntimeError(f"an answer was aborted: {sample.stop_reason}")
         print(llm.engine.trace.summary(), file=sys.stderr)
+    tell_trace(llm)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

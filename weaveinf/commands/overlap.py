@@ -32,7 +32,6 @@ from weaveinf.config import EngineConfig
 from weaveinf.engine.worker import Worker
 from weaveinf.models.layers import Block
 from weaveinf.weave import timeline
-from weaveinf.weave.plan import cuts
 from weaveinf.weave.run import run as run_chain
 from weaveinf.weave.timeline import Recorder
 
@@ -57,11 +56,12 @@ def run(args: argparse.Namespace) -> None:
         spans = timeline.collect(bench.recorded(args.tokens[-1]), ranks) if trace else {}
         if rank == 0:
             if trace:
-                print(f"{timeline.summary(spans[0])}: {timeline.write(Path(trace), spans)}")
+                print(timeline.write(Path(trace), spans))
             for cell in cells:
                 print(_TEXT.format(**cell))
             about = {"model": config.model, "tp": size, "seam": bench.weaver.seam.name, "pairs": args.pairs}
             write_json(args.json, about | (cells[0] if len(cells) == 1 else {"cells": cells}))
+        bench.meet()  # nobody leaves while others need the store
     finally:
         ranks.close()
 
@@ -91,12 +91,9 @@ class Overlap:
         """Medians over `pairs` rounds of all variants of a prompt of `tokens` tokens."""
         weaver, batch = self.weaver, self.weaver.rehearsal(tokens, 0)
         cut, why, predicted = self._plan(tokens)
-        middle = cuts(tokens, 1)
-        halved = middle[len(middle) // 2]
         variants: dict[str, Callable[[], Tensor]] = {
             "whole": lambda: weaver.run(batch, 0),
             "woven": lambda: weaver.run(batch, cut),
-            "halved": lambda: weaver.run(batch, halved),
             "reduced": lambda: self._run(self._chain, batch, self._reduced),
             "no_comm": lambda: self._run(self._chain, batch, self._alone),
             "comm_only": lambda: self._run(self._links, batch, weaver.seam),
@@ -106,10 +103,10 @@ class Overlap:
         before = _sent()
         for pair in range(pairs + 1):
             for name, variant in variants.items():
-                self._meet()
+                self.meet()
                 began = time.perf_counter()
                 variant()
-                self._meet()
+                self.meet()
                 if pair:
                     times[name].append((time.perf_counter() - began) * 1e3)
         ms = {name: median(values) for name, values in times.items()}
@@ -128,7 +125,6 @@ class Overlap:
             "why": why,
             "predicted_ms": predicted,
             "whole_ms": ms["whole"],
-            "halved_ms": ms["halved"],
             "all_reduce_ms": ms["reduced"],
             "all_reduce_only_ms": ms["reduce_only"],
             "sent_share": sent,
@@ -139,12 +135,8 @@ class Overlap:
         """A step of `tokens` tokens as it is planned, recorded."""
         recorder = Recorder()
         cut, _, _ = self._plan(tokens)
-        batch = self.weaver.rehearsal(tokens, 0)
-        self._meet()
-        self.weaver.recorder = recorder
-        recorder.begin(0)
-        self.weaver.run(batch, cut)
-        self.weaver.recorder = None
+        self.meet()
+        self.weaver.rehearse(tokens, 0, cut, recorder)
         return recorder
 
     def _plan(self, tokens: int) -> tuple[int, str, float]:
@@ -162,12 +154,13 @@ class Overlap:
         for its own share; the last layer's joints have one row."""
         size, joints = self._ranks.size, len(self._chain)
         row_bytes = self._alone.partial().shape[1] * self._alone.partial().element_size()
-        return 2 * (size - 1) / size * tokens * row_bytes * (4 * (joints - 2) + 2 * joints)
+        return 2 * (size - 1) / size * tokens * row_bytes * (3 * (joints - 2) + 2 * joints)
 
     def _run(self, chain: Links, batch: Batch, seam: Seam) -> Tensor:
         return run_chain(chain, (batch,), [seam], self._ranks.votes)
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
+        """Waits for all ranks."""
         self._ranks.votes.sum(torch.zeros(1))
 
 

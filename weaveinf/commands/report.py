@@ -101,3 +101,9 @@ def write_json(file: str | None, result: dict[str, Any]) -> None:
         print()
     elif file is not None:
         Path(file).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def tell_trace(llm: LLM) -> None:
+    """Says what was traced, after the engine has closed."""
+    if llm.engine.trace.told:
+        print(llm.engine.trace.told, file=sys.stderr)

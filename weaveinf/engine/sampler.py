@@ -40,7 +40,7 @@ class Sampler:
 
     Every rank admits and samples the same steps in the same order. `last_token` int64
     [max_num_seqs] on `device` holds what each slot sampled last (0 where that failed), for rows
-    that come by reference.
+    that come by reference. `put` brings an array to `device`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Sampler:
         self.device = device
         self.votes = votes
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._put: Callable[[NDArray[Any]], Tensor] = (
+        self.put: Callable[[NDArray[Any]], Tensor] = (
             torch.from_numpy if device.type == "cpu" else lambda array: torch.from_numpy(array).to(device)
         )
         self._limited = np.zeros(max_num_seqs, np.bool_)
@@ -91,11 +91,11 @@ class Sampler:
         self._temperature[slot] = 0 if greedy else max(admission.temperature, MIN_TEMPERATURE)
         self._min_tokens[slot] = admission.min_tokens if len(admission.banned_ids) else 0
         if self._min_tokens[slot]:
-            self._banned[slot] = self._put(self._own(admission.banned_ids)[0])
+            self._banned[slot] = self.put(self._own(admission.banned_ids)[0])
         columns, owned = self._own(admission.bias_ids)
         if len(columns):
             values = admission.bias_values[owned].astype(np.float32)
-            self._bias[slot] = self._put(columns), self._put(values)
+            self._bias[slot] = self.put(columns), self.put(values)
         penalties = (
             admission.repetition_penalty,
             admission.frequency_penalty,
@@ -103,8 +103,8 @@ class Sampler:
         )
         self._history.forget(slot)
         if penalties != (1.0, 0.0, 0.0):
-            prompt = self._put(self._own(admission.prompt_token_ids)[0])
-            output = self._put(self._own(admission.output_token_ids)[0])
+            prompt = self.put(self._own(admission.prompt_token_ids)[0])
+            output = self.put(self._own(admission.output_token_ids)[0])
             self._history.begin(slot, penalties, prompt, output)
 
     def run(self, head: Head, x: Tensor, step: Step) -> StepOutput:
@@ -140,7 +140,7 @@ class Sampler:
         that.
         """
         tokens = self._vote(self._draw(self._shape(logits, slots, positions), slots, positions))
-        self.last_token[self._put(slots)] = tokens.clamp(min=0)
+        self.last_token[self.put(slots)] = tokens.clamp(min=0)
         self._history.append(slots, tokens, self.shard.start)
         return StepOutput(tokens.cpu().numpy(), self._logprobs(logits, tokens, slots))
 
@@ -153,7 +153,7 @@ class Sampler:
         out: list[SampledLogprobs | None] = [None] * len(targets)
         rows = np.flatnonzero(targets >= 0)
         for block in (rows[i : i + PROMPT_BLOCK] for i in range(0, len(rows), PROMPT_BLOCK)):
-            found = self._score(head(_take(x, block)), self._put(targets[block]), n)
+            found = self._score(head(_take(x, block)), self.put(targets[block]), n)
             for row, logprob in zip(block.tolist(), found, strict=True):
                 out[row] = logprob
         return out
@@ -172,7 +172,7 @@ class Sampler:
         for row in banned:
             shaped[row, self._banned[int(slots[row])]] = -torch.inf
         if len(penalised):
-            rows = self._put(penalised)
+            rows = self.put(penalised)
             shaped[rows] = self._history.penalise(shaped[rows], slots[penalised])
         return shaped
 
@@ -184,12 +184,12 @@ class Sampler:
         free, limited = np.flatnonzero(~is_limited), np.flatnonzero(is_limited)
         if len(free):
             drawn = yield from self._draw_freely(_take(logits, free), slots[free], positions[free])
-            tokens[self._put(free)] = drawn
+            tokens[self.put(free)] = drawn
         of = slots[limited]
-        limits = Limits(*(self._put(setting[of]) for setting in (self._top_k, self._top_p, self._floor)))
-        scores = _take(logits, limited) / self._put(self._temperature[of])[:, None]
+        limits = Limits(*(self.put(setting[of]) for setting in (self._top_k, self._top_p, self._floor)))
+        scores = _take(logits, limited) / self.put(self._temperature[of])[:, None]
         keys = sampling.noise_keys(self._seed[of], positions[limited]).to(self.device)
-        tokens[self._put(limited)] = yield from sampling.sample_limited(scores, keys, limits, self.shard)
+        tokens[self.put(limited)] = yield from sampling.sample_limited(scores, keys, limits, self.shard)
         return tokens
 
     def _draw_freely(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
@@ -198,7 +198,7 @@ class Sampler:
         if not temperature.any():
             return (yield from sampling.winner(sampling.draw(logits, self.shard.start), self.shard))
         keys = sampling.noise_keys(self._seed[slots], positions).to(self.device)
-        offer = sampling.draw(logits, self.shard.start, self._put(temperature), keys)
+        offer = sampling.draw(logits, self.shard.start, self.put(temperature), keys)
         return (yield from sampling.winner(offer, self.shard))
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, slots: Rows) -> list[SampledLogprobs | None] | None:

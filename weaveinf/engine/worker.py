@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,10 +93,6 @@ class Worker:
             self.weaver.recorder = Recorder()
         self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
         self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
-        device = ranks.device
-        self._put: Callable[[NDArray[Any]], Tensor] = (
-            torch.from_numpy if device.type == "cpu" else lambda array: torch.from_numpy(array).to(device)
-        )
         self._iota = np.arange(config.max_num_seqs + 1, dtype=np.int32)
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
@@ -138,9 +133,11 @@ class Worker:
         if recorder is None or self.config.trace is None:
             return
         spans = timeline.collect(recorder, self.ranks)
-        if self.ranks.rank == 0 and spans[0]:
-            self.trace.told = timeline.summary(spans[0])
-            log.info("trace: %s", timeline.write(Path(self.config.trace), spans))
+        if self.ranks.rank == 0:
+            try:
+                self.trace.told = timeline.write(Path(self.config.trace), spans)
+            except OSError as error:
+                log.error("the trace is lost: %s", error)
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepOutput:
@@ -202,14 +199,14 @@ class Worker:
     def _input_ids(self, step: Step, total: int, seq_of_row: NDArray[np.integer[Any]]) -> Tensor:
         """Tokens that rank 0 did not know when it described the step are the slots' last ones."""
         if step.decodes:
-            return self.sampler.last_token.index_select(0, self._put(step.state_slot))
+            return self.sampler.last_token.index_select(0, self.sampler.put(step.state_slot))
         referred = step.by_reference[seq_of_row]
         ids = np.empty(total, np.int64)
         ids[~referred] = step.token_ids
-        out = self._put(ids)
+        out = self.sampler.put(ids)
         if referred.any():
             slots = step.state_slot[step.by_reference].astype(np.int64)
-            out[self._put(np.flatnonzero(referred))] = self.sampler.last_token[self._put(slots)]
+            out[self.sampler.put(np.flatnonzero(referred))] = self.sampler.last_token[self.sampler.put(slots)]
         return out
 
 

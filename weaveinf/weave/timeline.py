@@ -140,8 +140,9 @@ def collect(recorder: Recorder, ranks: Ranks) -> dict[int, list[Span]]:
 def write(file: Path, ranks: Mapping[int, Sequence[Span]]) -> str:
     """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev) and, beside it, a picture of one step.
 
-    Returns a line that says what was written. OSError when it cannot be.
+    Returns a line that says what rank 0 did and what was written. OSError when it cannot be.
     """
+    did = summary(ranks[0])
     events: list[dict[str, Any]] = []
     for rank, spans in ranks.items():
         for track, name in enumerate(("", "compute", "seams")):
@@ -153,8 +154,8 @@ def write(file: Path, ranks: Mapping[int, Sequence[Span]]) -> str:
     try:
         draw(file.with_suffix(".png"), ranks)
     except ImportError:
-        return f"{file} (for a picture too: pip install matplotlib)"
-    return f"{file} and {file.with_suffix('.png')}"
+        return f"{did}: {file} (for a picture too: pip install matplotlib)"
+    return f"{did}: {file} and {file.with_suffix('.png')}"
 
 
 def _event(rank: int, span: Span) -> dict[str, Any]:
@@ -181,14 +182,16 @@ _COLOURS = {
 
 
 def draw(file: Path, ranks: Mapping[int, Sequence[Span]]) -> None:
-    """A PNG of the latest step that has two halves, or of the longest: a row of blocks, one of seams below,
-    for each rank. ImportError without matplotlib."""
+    """A PNG of the latest step that has two halves, or of the one with the longest block: a row of blocks and
+    one of seams for each rank; none where nothing ran. ImportError without matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    if not ranks[0]:
+        return
+
     woven = [span.step for span in ranks[0] if span.half]
-    lengths = {span.step: span.end - span.start for span in ranks[0]}
-    chosen = max(woven) if woven else max(lengths, key=lambda step: lengths[step])
+    chosen = max(woven) if woven else max(ranks[0], key=lambda span: span.end - span.start).step
     figure = Figure(figsize=(14, 1 + 1.3 * len(ranks)), dpi=110)
     axes = figure.add_subplot()
     origin = min(span.start for spans in ranks.values() for span in spans if span.step == chosen)

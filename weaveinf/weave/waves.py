@@ -32,9 +32,6 @@ class Gpu:
 GPUS = {
     "h100": Gpu(132, 989.4e6, 3.35e6, 0.45e6),
     "h200": Gpu(132, 989.4e6, 4.8e6, 0.45e6),
-    "h800": Gpu(132, 989.4e6, 3.35e6, 0.2e6),
-    "h20": Gpu(78, 148.0e6, 4.0e6, 0.45e6),
-    "b200": Gpu(148, 2250.0e6, 8.0e6, 0.9e6),
 }
 
 # Fitted together on what was published of 8 H100 in eager mode: kernels by rows and CTAs (tables K1 to K4),
@@ -203,8 +200,3 @@ class GpuCosts:
 def tiles(rows: float, n: int, tile: tuple[int, int] = _TILE) -> int:
     """Of a product of `rows` by n."""
     return math.ceil(rows / tile[0]) * math.ceil(n / tile[1])
-
-
-def waves(rows: int, n: int, units: int) -> int:
-    """In how many waves `units` compute the tiles of a product of `rows` by n."""
-    return math.ceil(tiles(rows, n) / units)

@@ -60,10 +60,6 @@ class Weaver:
 
     def _objection(self, config: EngineConfig) -> str:
         if self._ranks.size == 1:
-            if config.weave == "on":
-                raise ValueError(
-                    "weave='on' is not possible with one rank: there is nothing to send; use more"
-                )
             return "one rank"
         if config.weave == "off":
             return "weave is off"
@@ -109,11 +105,11 @@ class Weaver:
         """Rank 0 decides whether its kept profile holds; where it does not, all measure together. The
         others need none: plans travel with the steps."""
         ranks, rows = self._ranks, min(_PROBE_ROWS, self._most)
-        probe = profile.probe(self._rehearse, rows)
+        probe = profile.probe(self.rehearse, rows)
         kept = profile.load(self._key(), probe, rows) if ranks.rank == 0 else None
         if ranks.agree("kept" if kept is not None else "")[0]:
             return kept
-        found = profile.measure(self._rehearse, self._config.num_layers, self._most, self._tokens)
+        found = profile.measure(self.rehearse, self._config.num_layers, self._most, self._tokens)
         if ranks.rank == 0:
             profile.save(self._key(), found)
         return found
@@ -152,7 +148,8 @@ class Weaver:
             logit_rows=torch.tensor([rows - 1]),
         )
 
-    def _rehearse(self, rows: int, context: int, cut: int, recorder: Recorder) -> None:
+    def rehearse(self, rows: int, context: int, cut: int, recorder: Recorder) -> None:
+        """Runs and records a step of such tokens."""
         self.recorder = recorder
         recorder.begin(0)
         self.run(self.rehearsal(rows, context), cut)
