@@ -10,11 +10,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.distributed import Work
 
 from weaveinf.comm import segment
 from weaveinf.comm.errors import RankDied
 from weaveinf.comm.segment import SILENT, Group, Segment, check
-from weaveinf.comm.waits import Backend, wait_for
+from weaveinf.comm.waits import Backend, blamed, wait_for
 
 _LOOK_S = 0.2
 """A receiver comes back to Python this often, so that signals are handled."""
@@ -116,15 +117,26 @@ class GlooChannel:
         try:
             while True:
                 length = torch.empty(1, dtype=torch.int64)
-                wait_for(group.recv([length], 0, 0), 0, "the control channel")
+                self._hear(group, length)
                 if int(length) < 0:
                     return
                 body = torch.empty(int(length), dtype=torch.int64)
                 if body.numel():
-                    wait_for(group.recv([body], 0, 0), 0, "the control channel")
+                    self._hear(group, body)
                 self._arrived.put(body.numpy())
         except Exception as error:
             self._arrived.put(error)
+
+    @staticmethod
+    def _hear(group: Backend, into: torch.Tensor) -> None:
+        with blamed(0, "the control channel"):
+            work = group.recv([into], 0, 0)
+        wait_for(work, 0, "the control channel")
+
+    @staticmethod
+    def _tell(group: Backend, part: torch.Tensor, peer: int) -> Work:
+        with blamed(peer, "the control channel"):
+            return group.send([part], peer, 0)
 
     def send(self, message: np.ndarray) -> None:
         """See `Channel.send`."""
@@ -133,7 +145,8 @@ class GlooChannel:
         words = torch.from_numpy(np.array(message, dtype=np.int64).reshape(-1))
         length = torch.tensor([words.numel()])
         parts = [length, words] if words.numel() else [length]
-        works = [(peer, self._group.send([part], peer, 0)) for peer in range(1, self._size) for part in parts]
+        peers = range(1, self._size)
+        works = [(peer, self._tell(self._group, part, peer)) for peer in peers for part in parts]
         for peer, work in works:
             wait_for(work, peer, "the control channel", self._silence_s)
 
@@ -158,4 +171,4 @@ class GlooChannel:
             farewell = torch.tensor([-1])
             for peer in range(1, self._size):
                 with suppress(RankDied, TimeoutError):
-                    wait_for(group.send([farewell], peer, 0), peer, "the control channel", _FAREWELL_S)
+                    wait_for(self._tell(group, farewell, peer), peer, "the control channel", _FAREWELL_S)

@@ -18,7 +18,7 @@ from torch import Tensor
 from weaveinf.comm.progress import Job
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
-from weaveinf.comm.waits import wait_for
+from weaveinf.comm.waits import blamed, wait_for
 from weaveinf.ops.norm import add_rms_norm
 
 _CHUNK_BYTES = 256 * 1024
@@ -97,8 +97,12 @@ class CollectiveSeam:
         """Sends out[r] to rank r and receives into[r] from it; empty ones (the own, too) do not travel."""
         if self._nccl:
             return [(None, self._group.alltoall(list(into), list(out)))]
-        works: _Works = [(r, self._group.recv([t], r, tag)) for r, t in enumerate(into) if t.numel()]
-        works += [(r, self._group.send([t], r, tag)) for r, t in enumerate(out) if t.numel()]
+        works: _Works = []
+        for start, tensors in ((self._group.recv, into), (self._group.send, out)):
+            for rank, t in enumerate(tensors):
+                if t.numel():
+                    with blamed(rank, "a seam"):
+                        works.append((rank, start([t], rank, tag)))
         return works
 
     def _wait(self, works: _Works) -> None:
