@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from unittest import mock
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.ranks import pool
+from weaveinf.comm import collective
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.collective import CollectiveSeam
 from weaveinf.comm.local import LocalSeam
@@ -203,6 +205,33 @@ def test_gather_and_insert(kind: str, size: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_halves(kind: str, size: int) -> None:
     pool(size).run(halves, kind, torch.bfloat16)
+
+
+def while_one_is_late(ranks: Ranks) -> None:
+    """Rank 0 has both seams under way, the newer of which moves rows, before the others start any."""
+    with mock.patch.object(collective, "_CHUNK_BYTES", 16 * 2 * HIDDEN):
+        older, newer = (build("collective", ranks, torch.bfloat16) for _ in range(2))
+    oracles = [Oracle(ranks, seam, torch.bfloat16, seed=5) for seam in (older, newer)]
+    chain = joints(torch.bfloat16)
+    every = torch.arange(MAX_ROWS)
+    for oracle in oracles:
+        oracle.open(MAX_ROWS)
+    for kept in (every[1:], None), (every[350:], every[2:]), (every[:300:3], None):
+        for oracle, keep in zip(oracles, kept, strict=True):
+            if ranks.rank:
+                time.sleep(0.05)
+            oracle.start(next(chain), keep if keep is None else keep[keep < len(oracle.residual)])
+        oracles[0].seam.finish()
+        gathered = oracles[0].seam.gather(torch.arange(60))  # as a vote does under the other half
+        assert torch.equal(gathered, oracles[0].residual[:60])
+        for oracle in oracles:
+            oracle.finish()
+    for seam in (older, newer):
+        seam.close()
+
+
+def test_a_newer_seam_keeps_nobody_waiting() -> None:
+    pool(3).run(while_one_is_late)
 
 
 @pytest.mark.parametrize("size", [2, 4])

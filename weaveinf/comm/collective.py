@@ -115,7 +115,7 @@ class CollectiveSeam:
 
     def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Iterator[None]:
         if kept is not None:
-            self._move(kept, before, rows)
+            yield from self._move(kept, before, rows)
         shares, me = self._shares(rows), self._ranks.rank
         first, last = shares[me]
         longest = max(b - a for a, b in shares)
@@ -162,7 +162,7 @@ class CollectiveSeam:
                 x,
             )
 
-    def _move(self, kept: Tensor, before: int, rows: int) -> None:
+    def _move(self, kept: Tensor, before: int, rows: int) -> Iterator[None]:
         """Brings the residual of the kept rows to the ranks whose shares they now are."""
         old, new, me = self._shares(before), self._shares(rows), self._ranks.rank
         first, last = new[me]
@@ -185,7 +185,9 @@ class CollectiveSeam:
             out = [held[shifted(overlap(me, r), cuts[me])] for r in ranks]
             into = [self._spare[shifted(overlap(r, me), first)] for r in ranks]
             into[me].copy_(out[me])
-            self._wait(self._exchange(self._to_peers(out), self._to_peers(into), self._tag + 3))
+            works = self._exchange(self._to_peers(out), self._to_peers(into), self._tag + 3)
+            yield
+            self._wait(works)
         self._residual, self._spare = self._spare, self._residual
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -196,11 +198,12 @@ class CollectiveSeam:
         spans, me = self._shares(self._rows), self._ranks.rank
         places = [((rows >= a) & (rows < b)).nonzero().flatten() for a, b in spans]
 
-        def run() -> None:
+        def run() -> Iterator[None]:
             mine = self._residual.index_select(0, rows[places[me]] - spans[me][0])
             into = [result.new_empty(len(place), result.shape[1]) for place in places]
-            to_all = self._to_peers([mine] * len(spans))
-            self._wait(self._exchange(to_all, self._to_peers(into), self._tag + 4))
+            works = self._exchange(self._to_peers([mine] * len(spans)), self._to_peers(into), self._tag + 4)
+            yield
+            self._wait(works)
             into[me] = mine
             for place, values in zip(places, into, strict=True):
                 result.index_copy_(0, place, values)

@@ -75,7 +75,8 @@ class HierarchicalSeam(CollectiveSeam):
         """To its end at once: two seams whose meetings mix would wait for each other."""
         try:
             if kept is not None:
-                self._move(kept, before, rows)
+                for _ in self._move(kept, before, rows):
+                    pass
             self._meet(rows)
             if rows > self._few:
                 self._run_many(joint, rows)

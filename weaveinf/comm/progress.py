@@ -3,6 +3,10 @@
 Work that is a generator yields before each of its waits, so that the next job's first messages leave
 meanwhile: the network has no pause between one half's seam and the other's. Which messages overtake which
 then depends on the moment, so a seam's messages have tags of their own.
+
+Only the oldest job may wait: a rank that waited in a newer one would keep back what its peers' older job
+waits for. So either all waits of a job come right after a yield, or the job yields nowhere, and then no
+job beside it may.
 """
 
 from __future__ import annotations
