@@ -1,12 +1,14 @@
-"""A user's program: python -m tests.cluster.program MODEL RANKS close|forget|forever"""
+"""A user's program: python -m tests.cluster.program MODEL RANKS close|forget|forever|stuck"""
 
 from __future__ import annotations
 
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
 from tests.cluster.harness import children, start, step, tokens
+from weaveinf.cluster import supervise
 
 
 def main(model: str, size: str, ending: str) -> None:
@@ -17,6 +19,10 @@ def main(model: str, size: str, ending: str) -> None:
         for n in count(5):
             cluster.submit(step(n % 800))
             cluster.collect()
+    if ending == "stuck":
+        supervise.STUCK_S = 2.0
+        setattr(cluster.worker, "execute", lambda step: time.sleep(1000))  # noqa: B010
+        cluster.submit(step(5))
     if ending == "close":
         cluster.close()
     print("end", flush=True)

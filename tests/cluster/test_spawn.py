@@ -233,6 +233,16 @@ def test_ranks_follow_their_program(model: Path, ending: str, number: int | None
         assert eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
+def test_a_step_that_waits_for_nobody_ends_with_the_program(model: Path) -> None:
+    with run_program(str(model), "2", "stuck") as program:
+        pids = [int(pid) for pid in read_line(program, "ranks").split()]
+        assert program.wait(60) == 1
+        assert program.stderr is not None
+        last = program.stderr.read().splitlines()[-1]
+        assert "step 6 has stood still on rank 0" in last and "rank 0 cannot be stopped" in last
+        assert eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
 def test_interrupt_ends_quietly(model: Path) -> None:
     with run_program(str(model), "2", "forever") as program:
         pids = [int(pid) for pid in read_line(program, "ranks").split()]

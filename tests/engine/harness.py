@@ -18,7 +18,9 @@ from weaveinf.engine.worker import Worker
 
 
 class PoolExecutor:
-    """Rank 0 of ranks that are there already; the others follow."""
+    """Rank 0 of ranks that are there already; the others follow. Two steps are under way, as on a GPU."""
+
+    ahead = 1
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
-import time
 import weakref
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,13 +21,14 @@ from weaveinf.cluster.board import Board
 from weaveinf.cluster.rank import LOADING_S, follow, rank_device, take_share
 from weaveinf.cluster.spawn import Children, make_store
 from weaveinf.cluster.supervise import LEAVE_S, Supervisor
-from weaveinf.comm.errors import RankDied
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import EngineConfig
 from weaveinf.engine.step import Step, StepOutput
 from weaveinf.engine.worker import Progress, Worker
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import resolve
+
+log = logging.getLogger("weaveinf")
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _taken = False  # torchrun's ranks serve one engine
@@ -95,11 +97,14 @@ def torchrun_s_store() -> tuple[dist.Store, int, int]:
 
 
 class Cluster:
-    """The `Executor` over all ranks. `worker` is rank 0's, which runs in a thread of this process, so
-    that the next step is described and sent while one is computed.
+    """The `Executor` over all ranks. `worker` is rank 0's, whose steps run in the thread that submits them.
+
+    That thread takes rank 0's share of the cores as long as the cluster is open.
 
     What `launch` may raise is raised by the constructor.
     """
+
+    ahead = 0
 
     def __init__(
         self,
@@ -112,7 +117,6 @@ class Cluster:
         self._finalizer = weakref.finalize(self, self._driver.close)
         try:
             self._driver.start()
-            self._driver.take()
         except BaseException:
             self.close()
             raise
@@ -125,7 +129,7 @@ class Cluster:
         return self._driver.failure
 
     def submit(self, step: Step) -> None:
-        """Sends a step to every rank. RankDied when one is gone."""
+        """Sends a step to every rank, and runs it on this one. RankDied when one is gone."""
         try:
             self._driver.submit(step)
         except BaseException:
@@ -133,22 +137,20 @@ class Cluster:
             raise
 
     def collect(self) -> StepOutput:
-        """Waits for the oldest step whose output was not collected. RankDied when a rank is gone."""
+        """The output of the oldest step not yet collected. RankDied when a rank is gone."""
         try:
-            output = self._driver.take()
+            return self._driver.take()
         except Exception:
             self.close()
             raise
-        assert output is not None
-        return output
 
     def close(self) -> None:
         """Ends all ranks within seconds, also those that do not listen. May be called again."""
         self._finalizer()
 
 
-class _Driver(threading.Thread):
-    """Rank 0's worker thread: makes the worker, then runs the steps that are submitted."""
+class _Driver:
+    """Rank 0: makes its worker, in a thread that a verdict need not wait for, and runs its steps."""
 
     def __init__(
         self,
@@ -157,7 +159,6 @@ class _Driver(threading.Thread):
         children: Children | None,
         progress: Progress | None,
     ) -> None:
-        super().__init__(name="rank 0", daemon=True)
         self.worker: Worker | None = None
         self.failure: Exception | None = None
         self._config = config
@@ -165,9 +166,11 @@ class _Driver(threading.Thread):
         self._progress = progress
         self._process = os.getpid()
         self._threads = torch.get_num_threads()
+        self._ranks: Ranks | None = None
+        self._loader = threading.Thread(target=self._load, name="rank 0 loads", daemon=True)
         self._broken = False
-        self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepOutput | Exception | None] = queue.SimpleQueue()
+        self._outputs: deque[StepOutput] = deque()
+        self._news: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._supervisor: Supervisor | None = None
         if store is not None:
             board = Board(store, 0, config.tensor_parallel_size)
@@ -177,95 +180,30 @@ class _Driver(threading.Thread):
     def _hear(self, news: Exception | None) -> None:
         if news is not None:
             self.failure = news
-        self._results.put(news)
+        self._news.put(news)
 
-    # Called from the thread that uses the engine.
-
-    def submit(self, step: Step) -> None:
-        self._check()
+    def start(self) -> None:
+        """Returns when all ranks have loaded; raises what ended that."""
+        self._loader.start()
+        if (verdict := self._news.get()) is not None:
+            raise verdict
         if self._supervisor is not None:
-            assert self.worker is not None
-            sent = False
-            try:
-                self.worker.ranks.control.send(step.pack())
-                sent = True
-            except RankDied as error:
-                self._supervisor.accuse(error)
-            except BaseException:
-                self._broken = True  # the others may have a step that this rank has not
-                raise
-            while not sent:
-                self.take()  # until the verdict comes
-            self._supervisor.submitted += 1
-        self._steps.put(step)
+            take_share(self._supervisor.processes(), 0)
 
-    def take(self) -> StepOutput | None:
-        """The next result; None is that of the start."""
-        self._check()
-        result = self._results.get()
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _check(self) -> None:
-        if os.getpid() != self._process:
-            raise RuntimeError("this engine belongs to the process that made it; make one after the fork")
-        if self.failure is not None:
-            raise self.failure
-
-    def close(self) -> None:
-        if os.getpid() != self._process:
-            return  # a fork of the process that has the ranks
-        orderly = self.worker is not None and not self._broken and self.failure is None
+    def _load(self) -> None:
         watch = self._supervisor
-        if watch is not None:
-            watch.leave(at_once=not orderly)
-            if orderly:
-                assert self.worker is not None
-                try:
-                    self.worker.ranks.control.send(np.empty(0, np.int64))
-                except (RuntimeError, TimeoutError):
-                    watch.leave(at_once=True)
-        self._steps.put(None)
-        if self.ident is not None and self is not threading.current_thread():
-            self.join(LEAVE_S)
-        if watch is not None and watch is not threading.current_thread():
-            watch.over.wait(2 * LEAVE_S)
-        self._store = self._supervisor = None  # and with it the store's sockets
-        self.failure = self.failure or RuntimeError("this engine is closed")
-
-    # The thread itself.
-
-    def run(self) -> None:
-        watch = self._supervisor
-        ranks: Ranks | None = None
         try:
-            ranks = self._join()
-            self.worker = Worker(self._config, ranks, self._progress)
+            self._ranks = self._join()
+            self.worker = Worker(self._config, self._ranks, self._progress)
             if watch is None:
-                self._results.put(None)
+                self._hear(None)
             else:
                 watch.ready()
-            recent: deque[float] = deque(maxlen=64)
-            while (step := self._steps.get()) is not None:
-                began = time.monotonic()
-                self._results.put(self.worker.execute(step))
-                if watch is not None:
-                    recent.append(time.monotonic() - began)
-                    watch.slowest = max(recent)
-                    watch.done += 1
-            self.worker.tell()
         except Exception as error:
             if watch is None:
                 self._hear(error)
             else:
                 watch.accuse(error)
-        finally:
-            if self.worker is not None:
-                self.worker.close()
-            if ranks is not None:
-                ranks.close()
-            torch.set_num_threads(self._threads)
 
     def _join(self) -> Ranks:
         if self._supervisor is None:
@@ -276,3 +214,64 @@ class _Driver(threading.Thread):
         take_share(processes, 0)
         device = rank_device(self._config, processes, 0)
         return Ranks.join(0, self._config.tensor_parallel_size, self._store, device, LOADING_S)
+
+    def submit(self, step: Step) -> None:
+        self._check()
+        assert self.worker is not None
+        watch = self._supervisor
+        try:
+            with watch.a_step() if watch is not None else nullcontext():
+                if watch is not None:
+                    self.worker.ranks.control.send(step.pack())
+                self._outputs.append(self.worker.execute(step))
+                return
+        except Exception as error:
+            if watch is None:
+                self.failure = error
+                raise
+            watch.accuse(error)
+        except BaseException:
+            self._broken = True  # the others may have a step that this rank has not
+            raise
+        # Not from the error, whose frames hold the connections.
+        if (verdict := self._news.get()) is not None:
+            raise verdict
+
+    def take(self) -> StepOutput:
+        """The oldest output."""
+        self._check()
+        return self._outputs.popleft()
+
+    def _check(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError("this engine belongs to the process that made it; make one after the fork")
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        if os.getpid() != self._process:
+            return  # a fork of the process that has the ranks
+        worker, watch = self.worker, self._supervisor
+        orderly = worker is not None and not self._broken and self.failure is None
+        if watch is not None:
+            watch.leave(at_once=not orderly)
+        if worker is not None and orderly:
+            try:
+                if watch is not None:
+                    worker.ranks.control.send(np.empty(0, np.int64))
+                worker.tell()
+            except (RuntimeError, TimeoutError) as error:
+                log.error("the ranks did not end in order: %s", error)
+                if watch is not None:
+                    watch.leave(at_once=True)
+        if self._loader.is_alive():
+            self._loader.join(LEAVE_S)
+        if self.worker is not None:
+            self.worker.close()
+        if self._ranks is not None:
+            self._ranks.close()
+        if watch is not None:
+            watch.over.wait(2 * LEAVE_S)
+        torch.set_num_threads(self._threads)
+        self._ranks = self._store = self._supervisor = None  # and with them the store's sockets
+        self.failure = self.failure or RuntimeError("this engine is closed")

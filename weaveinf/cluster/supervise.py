@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from weaveinf.cluster.board import Beat, Board, End, Process
 from weaveinf.cluster.rank import BEAT_S, FAREWELL_S, LOADING_S, LOST_S, STDERR
@@ -41,8 +43,6 @@ class Supervisor(threading.Thread):
             them, since the kernel ends them with the thread that did.
 
     Attributes:
-        submitted, done: steps that rank 0 has sent, and has run.
-        slowest: seconds of the slowest of the latest steps.
         verdict: the exception that was told.
         over: set when rank 0 may go, no process of its own being left.
     """
@@ -51,8 +51,8 @@ class Supervisor(threading.Thread):
         self, board: Board, children: Children | None, tell: Callable[[Exception | None], None]
     ) -> None:
         super().__init__(name="supervisor", daemon=True)
-        self.submitted = self.done = 0
-        self.slowest = 0.0
+        self._begun = self._done = 0  # steps on rank 0
+        self._recent: deque[float] = deque([0.0], maxlen=64)  # their seconds
         self.verdict: Exception | None = None
         self._board = board
         self._children = children
@@ -89,6 +89,15 @@ class Supervisor(threading.Thread):
         """Rank 0 has loaded."""
         self._state = "running"
 
+    @contextmanager
+    def a_step(self) -> Iterator[None]:
+        """Around a step's sending, and its running on rank 0."""
+        began = time.monotonic()
+        self._begun += 1
+        yield
+        self._done += 1
+        self._recent.append(time.monotonic() - began)
+
     def accuse(self, error: Exception) -> None:
         """Rank 0 cannot go on; whose fault that is will be found out and told."""
         if self._own is None or self._ends[0].echo:
@@ -115,12 +124,16 @@ class Supervisor(threading.Thread):
         finally:
             if self.verdict is not None:
                 self._tell(self.verdict)
+            self._own = None  # whose frames hold the connections
             if self._hung:
                 self._print_stacks()
             self._end_others()
             self._board.close()
             self._met.set()
             self.over.set()
+            if self._hung and self._begun > self._done and not self._closing.wait(LEAVE_S):
+                print(f"weaveinf: {self.verdict}; rank 0 cannot be stopped", file=sys.stderr, flush=True)
+                os._exit(1)  # nothing else ends a step that waits for nobody
 
     def _look(self, now: float) -> None:
         if now - self._ticked > 20 * TICK_S:  # this process slept itself, so it cannot judge
@@ -152,13 +165,13 @@ class Supervisor(threading.Thread):
     def _listen(self, now: float) -> None:
         """Shows rank 0's sign of life and reads those of the others."""
         self._beaten = now
-        self._board.beat(self._state, self.done)
+        self._board.beat(self._state, self._done)
         beats = dict(zip(self._others, self._board.beats(self._others), strict=True))
-        beats[0] = Beat(self._beats[0].count + 1, self._state, self.done)
+        beats[0] = Beat(self._beats[0].count + 1, self._state, self._done)
         for rank, beat in beats.items():
             if beat.count != self._beats[rank].count:
                 self._seen[rank] = now
-            if beat.steps != self._beats[rank].steps or beat.steps >= self.submitted:
+            if beat.steps != self._beats[rank].steps or beat.steps >= self._begun:
                 self._moved[rank] = now
             if beat.end is not None:
                 self._ends[rank] = beat.end
@@ -206,7 +219,7 @@ class Supervisor(threading.Thread):
                 self._waited = now
                 print(f"weaveinf: waiting for {names} to load", file=sys.stderr, flush=True)
             return None
-        limit = max(STUCK_S, STUCK_TIMES * self.slowest)
+        limit = max(STUCK_S, STUCK_TIMES * max(self._recent))
         if all(now - moved <= limit for moved in self._moved.values()):
             return None
         behind = min(beat.steps for beat in self._beats.values())

@@ -42,8 +42,8 @@ class _Sequence:
 class Engine:
     """Runs requests on an executor's ranks. One thread calls it.
 
-    A step is submitted before the tokens of the one before it are known (DESIGN section 4), so there
-    are up to two under way.
+    Where the executor gains by it, a step is submitted before the tokens of the one before it are known
+    (DESIGN section 4), so that there are two under way.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -109,13 +109,13 @@ class Engine:
         return self._sequences.pop(request_id)
 
     def step(self) -> list[Update]:
-        """Lets the ranks do one step; returns what came of the one before it."""
+        """Lets the ranks do one step; returns what came of it, or of one before it."""
         step = self.scheduler.schedule()
         if step is not None:
             step.cut, step.why = self.executor.worker.weaver.plan(step.num_computed, step.num_query)
             self.executor.submit(step)
             self._under_way.append(step)
-        if not self._under_way or (step is not None and len(self._under_way) == 1):
+        if not self._under_way or (step is not None and len(self._under_way) <= self.executor.ahead):
             return []
         output = self.executor.collect()
         events = self.scheduler.update(self._under_way.popleft(), output)

@@ -11,9 +11,12 @@ from weaveinf.engine.worker import Worker
 class Executor(Protocol):
     """Runs steps on all ranks, in the order in which they were submitted.
 
-    Steps are submitted ahead of the results of those before them. Both calls raise `RankDied` when
-    a rank is gone; the executor is closed then.
+    Both calls raise `RankDied` when a rank is gone; the executor is closed then.
     """
+
+    ahead: int
+    """Steps that gain from being submitted before the oldest one's output is collected: 0 where `submit`
+    computes, 1 where a device does meanwhile."""
 
     worker: Worker
     """Rank 0's."""

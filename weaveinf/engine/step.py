@@ -130,8 +130,8 @@ class Step:
 
     @cached_property
     def decodes(self) -> bool:
-        """Whether every sequence runs the token that it sampled last, and no other."""
-        return bool(self.by_reference.all())
+        """Whether every sequence is past its prompt."""
+        return bool((self.num_computed >= self.num_prompt_tokens).all())
 
     @property
     def num_samples(self) -> int:

@@ -198,8 +198,8 @@ class Worker:
 
     def _input_ids(self, step: Step, total: int, seq_of_row: NDArray[np.integer[Any]]) -> Tensor:
         """Tokens that rank 0 did not know when it described the step are the slots' last ones."""
-        if step.decodes:
-            return self.sampler.last_token.index_select(0, self.sampler.put(step.state_slot))
+        if len(step.token_ids) == total:
+            return self.sampler.put(step.token_ids)
         referred = step.by_reference[seq_of_row]
         ids = np.empty(total, np.int64)
         ids[~referred] = step.token_ids
