@@ -250,7 +250,7 @@ def test_a_row_of_nan_fails_alone(single, settings):
     clean, spoilt = outputs
     assert spoilt.tokens.tolist() == [clean.tokens[0], -1, -1, clean.tokens[3]]
     assert spoilt.logprobs[3] == clean.logprobs[3]
-    assert sampler.last_token[:4].tolist() == [clean.tokens[0], 0, 0, clean.tokens[3]]
+    assert sampler.last_token[:4].tolist() == [clean.tokens[0], -1, -1, clean.tokens[3]]
 
 
 def test_padding_is_never_chosen(single):

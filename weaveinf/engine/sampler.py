@@ -39,7 +39,7 @@ class Sampler:
     """Sampling state of every state slot, and the sampling itself.
 
     Every rank admits and samples the same steps in the same order. `last_token` int64
-    [max_num_seqs] on `device` holds what each slot sampled last (0 where that failed), for rows
+    [max_num_seqs] on `device` holds what each slot sampled last (-1 where that failed), for rows
     that come by reference. `put` brings an array to `device`.
     """
 
@@ -77,7 +77,7 @@ class Sampler:
         slot = admission.slot
         for state in (self._banned, self._bias, self._num_logprobs):
             state.pop(slot, None)
-        self._seed[slot] = sampling.mixed(np.uint64(admission.seed % (1 << 64)), np.uint64(1))
+        self._seed[slot] = sampling.mixed(np.array([admission.seed % (1 << 64)], np.uint64), np.uint64(1))[0]
         top_k = admission.top_k if admission.top_k > 0 else self.shard.vocab_size
         self._top_k[slot] = min(top_k, self.shard.vocab_size)
         self._top_p[slot] = admission.top_p
@@ -140,7 +140,7 @@ class Sampler:
         that.
         """
         tokens = self._vote(self._draw(self._shape(logits, slots, positions), slots, positions))
-        self.last_token[self.put(slots)] = tokens.clamp(min=0)
+        self.last_token.index_copy_(0, self.put(slots.astype(np.int64)), tokens)
         self._history.append(slots, tokens, self.shard.start)
         return StepOutput(tokens.cpu().numpy(), self._logprobs(logits, tokens, slots))
 

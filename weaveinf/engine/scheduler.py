@@ -310,7 +310,7 @@ class Scheduler:
             request.num_computed = end
         self._flights.append(flight)
         self._number += 1
-        table = np.ascontiguousarray(np.array(rows, np.int32).T)
+        table = np.array([*zip(*rows, strict=True)], np.int32)
         columns: dict[str, Any] = dict(zip(PER_SEQUENCE, table, strict=True))
         columns["by_reference"] = columns["by_reference"].astype(np.bool_)
         return Step(

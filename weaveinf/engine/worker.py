@@ -206,7 +206,8 @@ class Worker:
         out = self.sampler.put(ids)
         if referred.any():
             slots = step.state_slot[step.by_reference].astype(np.int64)
-            out[self.sampler.put(np.flatnonzero(referred))] = self.sampler.last_token[self.sampler.put(slots)]
+            last = self.sampler.last_token[self.sampler.put(slots)].clamp_(min=0)  # whatever runs, it is lost
+            out[self.sampler.put(np.flatnonzero(referred))] = last
         return out
 
 

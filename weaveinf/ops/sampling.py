@@ -30,6 +30,10 @@ CANDIDATES = 64  # tokens per shard that the first attempt at top-k, top-p and m
 _BLOCK, _SMALL_BLOCK = 128, 64
 _LIMB = 18  # bits: sums over up to 64 ranks stay exact in float32
 _STEPS, _BUCKETS = 64.0, 2048  # equal steps of the score, down to 32 below the peak
+_GOLDEN, _FIRST, _SECOND = (
+    np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+_30, _27, _31 = (np.uint64(bits) for bits in (30, 27, 31))
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -62,13 +66,12 @@ class Shard:
         return (yield parts)
 
 
-def mixed(key: np.uint64 | np.ndarray, count: np.uint64 | np.ndarray) -> np.ndarray:
-    """The `count`-th number of SplitMix64 that starts at `key`; both uint64."""
-    with np.errstate(over="ignore"):
-        key = key + np.uint64(0x9E3779B97F4A7C15) * count
-        key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(key ^ (key >> np.uint64(31)))
+def mixed(key: np.ndarray, count: np.uint64 | np.ndarray) -> np.ndarray:
+    """The `count`-th number of SplitMix64 that starts at `key` (an array, which wraps round); both uint64."""
+    key = key + _GOLDEN * count
+    key = (key ^ (key >> _30)) * _FIRST
+    key = (key ^ (key >> _27)) * _SECOND
+    return np.asarray(key ^ (key >> _31))
 
 
 def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> Tensor:
@@ -239,9 +242,9 @@ def _from_limbs(limbs: Tensor) -> Tensor:
 def winner(offer: Tensor, shard: Shard) -> Voting[Tensor]:
     """What the ranks offer (see `draw`) -> the best of all, int64 [rows]; -1 for a row whose best is
     not finite (NaN or infinite logits, or every token banned)."""
-    offers = yield from shard.gather(offer)
-    if len(offers) == 1:
+    if shard.width >= shard.vocab_size:
         return offer[1].long()
+    offers = yield from shard.gather(offer)
     rank = offers[:, 0].argmax(0, keepdim=True)
     return offers[:, 1].gather(0, rank)[0].long()
 
