@@ -178,10 +178,10 @@ void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output
         with_rows(groups.size(g), [&](auto size) {
           constexpr int M = size;
           vf acc[1][M][NV];
-          float* kept = sums + row * width + (p - from) * NR;
+          float* kept = sums + ((p - from) * m + row) * NR;  // tile after tile: no two rows far apart
           UNROLL for (int r = 0; r < M; ++r) {
             UNROLL for (int v = 0; v < NV; ++v)
-              acc[0][r][v] = first ? vf{} : load<vf>(kept + r * width + v * LANES);
+              acc[0][r][v] = first ? vf{} : load<vf>(kept + r * NR + v * LANES);
           }
           multiply<I, M, 1>(acc, rows + row * AS, AS, 1, b, NR, steps, ahead);
           ahead.at += steps * ahead.pace;
@@ -190,7 +190,7 @@ void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output
           } else {
             UNROLL for (int r = 0; r < M; ++r) {
               UNROLL for (int v = 0; v < NV; ++v)
-                store(kept + r * width + v * LANES, acc[0][r][v]);
+                store(kept + r * NR + v * LANES, acc[0][r][v]);
             }
           }
         });
