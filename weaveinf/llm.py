@@ -23,8 +23,9 @@ class LLM:
 
     Starts `tensor_parallel_size` ranks, of which the calling process is the first, and ends them with
     `close()`, at the end of a `with` block or of the process. Under torchrun the ranks are torchrun's:
-    rank 0 returns from the constructor, the others serve it and exit. Threads may share one object, and
-    one thread may run several streams at a time: they are served together.
+    rank 0 returns from the constructor, the others serve it and exit. Steps run in the threads that ask
+    for them, which may share one object; a thread may run several streams at a time: they are served
+    together. While it is open, torch has in this process the cores that are its rank's share.
 
     Args:
         model: a directory in the Hugging Face layout, or a hub id.
@@ -41,7 +42,7 @@ class LLM:
             known = ", ".join(sorted(EngineConfig.__dataclass_fields__))
             raise ValueError(f"unknown setting {min(unknown)!r}; there are: {known}")
         self.config = EngineConfig(model=str(model), **settings)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close it in the midst of a step
         self._inboxes: dict[int, deque[Update]] = {}
         executor = launch(self.config, _LoadingBar() if show_progress else None)
         try:
@@ -113,8 +114,9 @@ class LLM:
             yield text
 
     def close(self) -> None:
-        """Ends the ranks. May be called again."""
-        self.engine.close()
+        """Ends the ranks, after the step that a thread may be running. May be called again."""
+        with self._lock:
+            self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
