@@ -3,8 +3,7 @@
     .venv/bin/python bench/step_overhead.py [--steps 400]
 
 The blocks are taken out of a tiny model and its rows are given instead; all else is as in every run. The
-fastest of some repeats: processor time of both threads of the first process, which is what a step costs,
-and wall time, which has their waiting for each other too (with blocks, they work side by side).
+fastest of some repeats: processor time of the process, and wall time.
 """
 
 from __future__ import annotations

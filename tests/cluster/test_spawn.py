@@ -30,6 +30,7 @@ from weaveinf.cluster.board import Process
 from weaveinf.cluster.spawn import make_store
 from weaveinf.comm import segment
 from weaveinf.comm.errors import RankDied
+from weaveinf.engine.step import Step, StepOutput
 
 
 @pytest.fixture
@@ -231,6 +232,28 @@ def test_ranks_follow_their_program(model: Path, ending: str, number: int | None
             program.send_signal(number)
         assert program.wait(60) == (-number if number else 0)
         assert eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_a_signal_may_close_the_engine_in_the_midst_of_a_step(
+    model: Path, footprint: Footprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = start(model, 2)
+    tokens(cluster, 0, 2)
+    execute = cluster.worker.execute
+
+    def interrupted(given: Step) -> StepOutput:
+        signal.raise_signal(signal.SIGALRM)
+        return execute(given)
+
+    monkeypatch.setattr(cluster.worker, "execute", interrupted)
+    before = signal.signal(signal.SIGALRM, lambda *_: cluster.close())
+    try:
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            tokens(cluster, 2, 3)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    monkeypatch.undo()
+    footprint.check()
 
 
 def test_a_step_that_waits_for_nobody_ends_with_the_program(model: Path) -> None:

@@ -188,7 +188,7 @@ class _Driver:
         if (verdict := self._news.get()) is not None:
             raise verdict
         if self._supervisor is not None:
-            take_share(self._supervisor.processes(), 0)
+            take_share(self._supervisor.processes(), 0)  # OpenMP's threads are counted for each thread
 
     def _load(self) -> None:
         watch = self._supervisor
@@ -233,9 +233,11 @@ class _Driver:
         except BaseException:
             self._broken = True  # the others may have a step that this rank has not
             raise
-        # Not from the error, whose frames hold the connections.
-        if (verdict := self._news.get()) is not None:
-            raise verdict
+        # The verdict, but not from the error, whose frames hold the connections. There is none when the
+        # step's own thread closed the engine meanwhile, as a signal's handler may.
+        if self.failure is None:
+            self._news.get()
+        self._check()
 
     def take(self) -> StepOutput:
         """The oldest output."""

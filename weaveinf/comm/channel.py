@@ -130,8 +130,7 @@ class GlooChannel:
     @staticmethod
     def _hear(group: Backend, into: torch.Tensor) -> None:
         with blamed(0, "the control channel"):
-            work = group.recv([into], 0, 0)
-        wait_for(work, 0, "the control channel")
+            group.recv([into], 0, 0).wait()
 
     @staticmethod
     def _tell(group: Backend, part: torch.Tensor, peer: int) -> Work:

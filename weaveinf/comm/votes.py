@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weaveinf.comm import segment
 from weaveinf.comm.segment import Group, Segment, check
-from weaveinf.comm.waits import Backend, blamed, wait_for
+from weaveinf.comm.waits import Backend, blamed
 
 _CHUNK = 16384
 """Floats of one vote that pass at once; longer votes go in chunks."""
@@ -74,8 +74,7 @@ class GlooVotes:
         given = t.contiguous()
         parts = [torch.empty_like(given) for _ in range(self._size)]
         with blamed(None, "a vote"):
-            work = self._group.allgather([parts], [given])
-        wait_for(work, None, "a vote")
+            self._group.allgather([parts], [given]).wait()
         total = parts[0]
         for part in parts[1:]:
             total += part

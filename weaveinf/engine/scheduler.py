@@ -1,9 +1,9 @@
 """Which tokens run next: continuous batching, chunked prefill, prefix hits, preemption.
 
-The scheduler runs ahead of the tokens: step n + 1 is described before the tokens of step n are
-known here. It therefore counts instead of looking: a request has `in_flight` samples under way,
-its next row refers to the last one, and its length limit is met by counting. What only the token
-tells (an end-of-sequence id) is found late, and the samples that were surplus are dropped.
+The scheduler may run ahead of the tokens (see `Executor.ahead`): step n + 1 is described before the
+tokens of step n are known here. It therefore counts instead of looking: a request has `in_flight`
+samples under way, its next row refers to the last one, and its length limit is met by counting. What
+only the token tells (an end-of-sequence id) is found late, and the samples that were surplus are dropped.
 
 All ranks run all steps in order. So a page or a slot that is given up here may go to another
 request in the very next step, whatever is still under way, and a page that a scheduled step fills
