@@ -1,13 +1,14 @@
 """Times weaveinf beside transformers and vLLM, in turns on the same machine, and prints the ratios.
 
     bench/peers/setup_transformers.sh && bench/peers/setup_vllm.sh      (once)
-    .venv/bin/python bench/compare.py [--rounds 3] [--repeats 3] [--only weaveinf vllm]
+    .venv/bin/python bench/compare.py [--turns 15] [--only weaveinf vllm]
 
-Every round starts every contender once, one after the other, so that a slow minute of the machine
-touches all alike; a cell's figure is the median over the rounds. A peer that the first round shows to be
-more than OUT_OF_REACH times slower than the best peer in every figure sits out the others. The table goes
-to standard output and, with every single figure, to bench/results/. Where the processor has no bfloat16
-products of its own, the peers run in float32 too; in each cell the faster one counts.
+Every contender is started once and kept, stopped (SIGSTOP) while another is timed. In each turn all of them
+run the same cell, one straight after the other, so that a slow minute of the machine touches all alike; a
+ratio is the median over the turns of the ratios within a turn. A contender whose prefill the first turns
+show to be OUT_OF_REACH in a cell runs no more turns of that cell. The table goes to standard output and,
+with every single figure, to bench/results/. Where the processor has no bfloat16 products of its own, the
+peers run in float32 too; in each cell the faster one counts.
 """
 
 from __future__ import annotations
@@ -17,30 +18,34 @@ import contextlib
 import datetime
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
-import torch
+import psutil
 from machine import describe, has_fast_bfloat16
 from make_model import DIRECTORY, write
-from peers.cells import CELLS, DECODE_TOKENS
+from peers.cells import CELLS
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
-LIMIT_S = 1800.0  # for one contender in one round
-OUT_OF_REACH = 1.5
+LIMIT_S = 600.0  # for a contender to start, or to time one cell
+SURVEY = 2  # turns that everything takes part in
+OUT_OF_REACH = 2.0
 DECODE_OVER_VLLM = 1.6
 PREFILL_OVER_BEST = 1.1
 PREFILL_OVER_BEST_MEAN = 1.2
 
 Cell = tuple[int, int]
-Figures = dict[str, float]  # prefill_ms, decode_ms
+KEYS = ("prefill_ms", "decode_ms")
 
 
 @dataclass(frozen=True)
@@ -62,71 +67,79 @@ class Contender:
             return Path(sys.executable)
         return BENCH / ".venvs" / self.engine / "bin" / "python"
 
-    def measure(self, model: Path, repeats: int) -> tuple[dict[Cell, Figures], dict[str, object]]:
-        """Starts it once and times every cell; also what it says about itself."""
-        if self.engine == "weaveinf":
-            return self._measure_weaveinf(model, repeats)
+    def command(self, model: Path) -> list[str]:
         script = BENCH / "peers" / f"time_{self.engine}.py"
-        options = ["--tp", self.tp, "--dtype", self.dtype, "--repeats", repeats]
-        lines = run([self.python, script, model, *options]).splitlines()
-        cells: dict[Cell, Figures] = {}
-        about: dict[str, object] = {}
-        for line in lines:
-            if line.startswith('{"engine"'):
-                found = json.loads(line)
-                cells[found["batch"], found["prompt_tokens"]] = figures(found)
-                about = {key: found[key] for key in ("version", "torch")}
-        if set(cells) != set(CELLS):
-            raise RuntimeError(f"{self.name} reported only {sorted(cells)}")
-        return cells, about
-
-    def _measure_weaveinf(self, model: Path, repeats: int) -> tuple[dict[Cell, Figures], dict[str, object]]:
-        cells: dict[Cell, Figures] = {}
-        about: dict[str, object] = {}
-        command = [self.python, "-m", "weaveinf", "bench", "latency", model, "--tp", self.tp]
-        command += ["--repeats", repeats, "--decode-tokens", DECODE_TOKENS]
-        for batch, length in CELLS:
-            with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                shape = ["--batch", batch, "--prompt-tokens", length, "--json", file.name]
-                run([*command, *shape])
-                found = json.loads(Path(file.name).read_text())
-            cells[batch, length] = figures(found)
-            about = {"torch": torch.__version__, "commit": commit()}
-            about |= {key: found[key] for key in ("seam", "kernels") if key in found}
-        return cells, about
+        return [str(self.python), str(script), str(model), "--tp", str(self.tp), "--dtype", self.dtype]
 
 
-def figures(found: dict[str, float]) -> Figures:
-    return {key: found[key] for key in ("prefill_ms", "decode_ms")}
+class Running:
+    """A contender's processes: all of them stopped, except while one of its cells is timed."""
 
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def run(command: list[object]) -> str:
-    """Standard output of a program; its whole process group is gone afterwards, whatever happens."""
-    words = [str(word) for word in command]
-    with tempfile.TemporaryFile("w+") as noise:
-        process = subprocess.Popen(
-            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=noise, text=True, start_new_session=True
+    def __init__(self, contender: Contender, model: Path) -> None:
+        self.contender = contender
+        self._noise = tempfile.TemporaryFile("w+")  # noqa: SIM115 - close() ends it
+        self._process = subprocess.Popen(
+            contender.command(model),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._noise,
+            start_new_session=True,
         )
-        try:
-            output, _ = process.communicate(timeout=LIMIT_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # all of it had ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if process.returncode != 0:
-            noise.seek(0)
-            tail = "".join(noise.readlines()[-15:])
-            raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}:\n{tail}")
-    return output
+        self._heard = b""
+        self.about = self._answer()
+        self._all(psutil.Process.suspend)
+
+    def time(self, cell: Cell) -> dict[str, float]:
+        """Milliseconds of the cell's prefill and of one decode step."""
+        self._all(psutil.Process.resume)
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"%d %d\n" % cell)
+        self._process.stdin.flush()
+        found = self._answer()
+        self._all(psutil.Process.suspend)
+        return found
+
+    def close(self) -> None:
+        """Leaves no process of it, whatever state they are in."""
+        self._all(psutil.Process.kill)
+        self._process.wait()
+        self._noise.close()
+
+    def _all(self, act: Callable[[psutil.Process], None]) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(self._process.pid)
+            for process in [*first.children(recursive=True), first]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    act(process)
+
+    def _answer(self) -> dict:
+        """Its next JSON line; a RuntimeError with its last words when it ends or keeps silent instead."""
+        deadline = time.monotonic() + LIMIT_S
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._process.stdout, selectors.EVENT_READ)
+            while True:
+                line, newline, rest = self._heard.partition(b"\n")
+                if newline:
+                    self._heard = rest
+                    if line.startswith(b"{"):
+                        return json.loads(line)
+                    continue
+                if not ready.select(deadline - time.monotonic()):
+                    raise self._failure(f"did not answer within {LIMIT_S:.0f} s")
+                more = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not more:
+                    raise self._failure("ended")
+                self._heard += more
+
+    def _failure(self, what: str) -> RuntimeError:
+        self._noise.seek(0)
+        tail = "".join(self._noise.readlines()[-15:])
+        return RuntimeError(f"{self.contender.name} {what}:\n{tail}")
 
 
 def contenders(only: list[str]) -> list[Contender]:
-    """Everything that runs, in the order of a round."""
+    """Everything that runs, in the order of a turn."""
     dtypes = ["bfloat16"] if has_fast_bfloat16() else ["bfloat16", "float32"]
     found = [Contender("weaveinf", tp) for tp in (1, 2)]
     for engine in ("transformers", "vllm"):
@@ -138,157 +151,151 @@ def contenders(only: list[str]) -> list[Contender]:
     return found
 
 
+@dataclass
 class Results:
-    """All figures of all rounds, and what they say."""
+    """All figures of all turns, and what they say."""
 
-    def __init__(self) -> None:
-        self.rounds: dict[Contender, list[dict[Cell, Figures]]] = {}
-        self.about: dict[str, dict[str, object]] = {}
-
-    def add(self, contender: Contender, cells: dict[Cell, Figures], about: dict[str, object]) -> None:
-        self.rounds.setdefault(contender, []).append(cells)
-        self.about[contender.name] = about
+    about: dict[Contender, dict[str, object]]
+    turns: dict[Cell, list[dict[Contender, dict[str, float]]]] = field(
+        default_factory=lambda: {cell: [] for cell in CELLS}
+    )
 
     def figure(self, contender: Contender, cell: Cell, key: str) -> float:
-        """Milliseconds, the median over the rounds."""
-        return median(cells[cell][key] for cells in self.rounds[contender])
+        """Milliseconds, the median over the turns."""
+        return median(turn[contender][key] for turn in self.turns[cell] if contender in turn)
 
-    def best(self, engine: str | None, tp: int | None, cell: Cell, key: str) -> float | None:
-        """The fastest peer (None: any engine, any tp) in a cell; None where none ran."""
-        peers = [
-            self.figure(contender, cell, key)
-            for contender in self.rounds
-            if contender.engine != "weaveinf"
-            and engine in (None, contender.engine)
-            and tp in (None, contender.tp)
-        ]
-        return min(peers, default=None)
+    def ratio(self, peer: Contender, ours: Contender, cell: Cell, key: str) -> float:
+        """How many times longer the peer took, the median over the turns of both."""
+        both = [turn for turn in self.turns[cell] if peer in turn and ours in turn]
+        return median(turn[peer][key] / turn[ours][key] for turn in both)
 
-    def in_reach(self, contender: Contender) -> bool:
-        """Whether a peer (or weaveinf) may still be the fastest peer in some figure."""
-        if contender.engine == "weaveinf":
+    def in_reach(self, contender: Contender, cell: Cell) -> bool:
+        """Whether it takes part in the next turn of a cell."""
+        if contender.engine == "weaveinf" or len(self.turns[cell]) < SURVEY:
             return True
-        for cell in CELLS:
-            for key in ("prefill_ms", "decode_ms"):
-                best = self.best(None, None, cell, key)
-                if best is not None and self.figure(contender, cell, key) <= OUT_OF_REACH * best:
-                    return True
-        return False
+        best = min(self.figure(peer, cell, "prefill_ms") for peer in self.about)
+        return self.figure(contender, cell, "prefill_ms") <= OUT_OF_REACH * best
 
     def table(self) -> str:
-        """Milliseconds of prefill / of a decode step, then peer over weaveinf at 2 ranks."""
+        """Milliseconds of prefill / of a decode step, then every other one over weaveinf at 2 ranks."""
         titles = [f"B={batch} L={length}" for batch, length in CELLS]
         lines = ["| prefill ms / decode ms a step | " + " | ".join(titles) + " |"]
         lines.append("| --- |" + " --- |" * len(CELLS))
-        for contender in self.rounds:
-            row = [contender.name]
-            for cell in CELLS:
-                prefill = self.figure(contender, cell, "prefill_ms")
-                row.append(f"{prefill:.1f} / {self.figure(contender, cell, 'decode_ms'):.2f}")
-            lines.append("| " + " | ".join(row) + " |")
+
+        def row(title: str, figure: Callable[[Cell, str], float], unit: str) -> None:
+            cells = [" / ".join(f"{figure(cell, key):.2f}{unit}" for key in KEYS) for cell in CELLS]
+            lines.append("| " + " | ".join([title, *cells]) + " |")
+
+        for one in self.about:
+            row(one.name, partial(self.figure, one), "")
         ours = Contender("weaveinf", 2)
-        for peer in self.rounds:
-            if ours in self.rounds and peer.engine != "weaveinf":
-                ratios = [
-                    " / ".join(
-                        f"{self.figure(peer, cell, key) / self.figure(ours, cell, key):.2f}x"
-                        for key in ("prefill_ms", "decode_ms")
-                    )
-                    for cell in CELLS
-                ]
-                lines.append("| " + " | ".join([f"ratio: {peer.name}", *ratios]) + " |")
+        for one in self.about:
+            if ours in self.about and one != ours:
+                row(f"ratio: {one.name}", partial(self.ratio, one, ours), "x")
         return "\n".join(lines)
 
     def verdicts(self) -> list[str]:
         """The required figures, each with what was measured."""
         ours = Contender("weaveinf", 2)
-        if ours not in self.rounds:
+        peers = [contender for contender in self.about if contender.engine != "weaveinf"]
+        vllm = [peer for peer in peers if (peer.engine, peer.tp) == ("vllm", 2)]
+        if ours not in self.about or not peers:
             return []
         found = []
 
-        def ratios(engine: str | None, tp: int | None, key: str) -> list[float]:
-            best = [self.best(engine, tp, cell, key) for cell in CELLS]
-            return [
-                peer / self.figure(ours, cell, key)
-                for peer, cell in zip(best, CELLS, strict=True)
-                if peer is not None
-            ]
+        def ratios(among: list[Contender], key: str) -> list[float]:
+            return [min(self.ratio(peer, ours, cell, key) for peer in among) for cell in CELLS]
 
         def judge(what: str, measured: float, wanted: float) -> None:
             word = "met" if measured >= wanted else "MISSED"
             found.append(f"{word}: {what}: {measured:.2f}x (wanted {wanted:.1f}x)")
 
-        if over_vllm := ratios("vllm", 2, "decode_ms"):
-            judge("decode over vLLM at 2 ranks, worst cell", min(over_vllm), DECODE_OVER_VLLM)
-        if over_best := ratios(None, None, "prefill_ms"):
-            judge("decode over the best peer, worst cell", min(ratios(None, None, "decode_ms")), 1.0)
-            judge("prefill over the best peer, worst cell", min(over_best), PREFILL_OVER_BEST)
-            judge("prefill over the best peer, mean", mean(over_best), PREFILL_OVER_BEST_MEAN)
+        if vllm:
+            over_vllm = min(ratios(vllm, "decode_ms"))
+            judge("decode over vLLM at 2 ranks, worst cell", over_vllm, DECODE_OVER_VLLM)
+        judge("decode over the best peer, worst cell", min(ratios(peers, "decode_ms")), 1.0)
+        over_best = ratios(peers, "prefill_ms")
+        judge("prefill over the best peer, worst cell", min(over_best), PREFILL_OVER_BEST)
+        judge("prefill over the best peer, mean", mean(over_best), PREFILL_OVER_BEST_MEAN)
         return found
 
     def as_json(self) -> list[dict[str, object]]:
         return [
             {
-                "engine": contender.engine,
-                "tp": contender.tp,
-                "dtype": contender.dtype,
-                **self.about[contender.name],
-                "batch": batch,
-                "prompt_tokens": length,
-                **{key: self.figure(contender, (batch, length), key) for key in keys},
-                **{f"rounds_{key}": [cells[batch, length][key] for cells in rounds] for key in keys},
+                "engine": one.engine,
+                "tp": one.tp,
+                "dtype": one.dtype,
+                "batch": cell[0],
+                "prompt_tokens": cell[1],
+                **{key: self.figure(one, cell, key) for key in KEYS},
+                **{f"turns_{key}": [turn.get(one, {}).get(key) for turn in turns] for key in KEYS},
             }
-            for contender, rounds in self.rounds.items()
-            for batch, length in CELLS
-            for keys in [("prefill_ms", "decode_ms")]
+            for one in self.about
+            for cell, turns in self.turns.items()
         ]
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write_results(results: Results, machine: dict[str, object], command: str) -> None:
     """Prints the report and keeps it, with the figures as JSON beside it."""
     date = datetime.date.today().isoformat()
     lines = [f"# weaveinf beside its peers, {date}", "", results.table(), ""]
-    lines += ["The ratios are peer over weaveinf at 2 ranks: above 1, weaveinf is faster.", ""]
+    lines += ["The ratios are over weaveinf at 2 ranks: above 1, weaveinf at 2 ranks is faster.", ""]
     lines += [f"- {verdict}" for verdict in results.verdicts()]
     lines += ["", "Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
-    lines += [
-        f"- {contender.name}: {len(rounds)} rounds, "
-        + ", ".join(f"{key} {value}" for key, value in results.about[contender.name].items())
-        for contender, rounds in results.rounds.items()
-    ]
-    lines += ["", f"Command: `{command}`", ""]
+    for one, about in results.about.items():
+        turns = [sum(one in turn for turn in results.turns[cell]) for cell in CELLS]
+        said = ", ".join(f"{key} {value}" for key, value in about.items())
+        lines.append(f"- {one.name}: {' / '.join(map(str, turns))} turns, {said}")
+    lines += ["", f"Command: `{command}`; weaveinf's commit: {commit()}", ""]
     text = "\n".join(lines)
     print("\n" + text)
     stem = BENCH / "results" / f"compare-{date}-{str(machine['instructions']).lower()}"
     stem.parent.mkdir(exist_ok=True)
     stem.with_suffix(".md").write_text(text)
-    whole = {"date": date, "command": command, "machine": machine, "cells": results.as_json()}
-    whole["verdicts"] = results.verdicts()
+    whole: dict[str, object] = {"date": date, "command": command, "commit": commit(), "machine": machine}
+    whole |= {"cells": results.as_json(), "verdicts": results.verdicts()}
     stem.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
     print(f"written to {stem.relative_to(ROOT)}.md and .json")
+
+
+def take_turns(running: list[Running], turns: int) -> Results:
+    """Every contender in every cell, in turns; the order is turned round each time."""
+    results = Results({one.contender: one.about for one in running})
+    for number in range(1, turns + 1):
+        for cell in CELLS:
+            taking_part = [one for one in running if results.in_reach(one.contender, cell)]
+            figures = {one.contender: one.time(cell) for one in taking_part[:: 1 if number % 2 else -1]}
+            results.turns[cell].append(figures)
+        print(f"turn {number} of {turns}", flush=True)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare weaveinf with transformers and vLLM.")
     parser.add_argument("--model", type=Path, default=DIRECTORY, help="made when it is missing")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a cell in a round")
+    parser.add_argument("--turns", type=int, default=15)
     engines = ["weaveinf", "transformers", "vllm"]
     parser.add_argument("--only", nargs="+", choices=engines, default=engines)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that run() ends what it started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     order = contenders(args.only)
     if not (args.model / "config.json").exists():
         write(args.model)
-    results = Results()
     machine = describe()
-    for number in range(1, args.rounds + 1):
+    running: list[Running] = []
+    try:
         for contender in order:
-            began = time.perf_counter()
-            results.add(contender, *contender.measure(args.model.resolve(), args.repeats))
-            took = time.perf_counter() - began
-            print(f"round {number}/{args.rounds}: {contender.name}: {took:.0f} s", flush=True)
-        order = [contender for contender in order if results.in_reach(contender)]
+            running.append(Running(contender, args.model.resolve()))
+            print(f"started {contender.name}", flush=True)
+        results = take_turns(running, args.turns)
+    finally:
+        for one in running:
+            one.close()
     command = f"python bench/compare.py {' '.join(sys.argv[1:])}".strip()
     write_results(results, machine, command)
 

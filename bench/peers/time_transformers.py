@@ -1,9 +1,9 @@
 """Times Hugging Face transformers: one process with all threads, or `tp_plan="auto"` over gloo.
 
-    bench/.venvs/transformers/bin/python bench/peers/time_transformers.py MODEL [--tp 2] [--dtype float32]
+    echo "8 128" | bench/.venvs/transformers/bin/python bench/peers/time_transformers.py MODEL [--tp 2]
 
 With --tp above 1 the script starts its ranks itself, through torchrun, and shares the cores among them.
-Prints one JSON line per cell.
+Prints a JSON line about itself, then one for each cell asked for.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from cells import arguments, measure, report
+from cells import arguments, asked, serve
 
 
 def start_ranks(tp: int) -> None:
@@ -73,16 +74,19 @@ def main() -> None:
         )
         return clock.times
 
-    for cell in measure(run, model.config.vocab_size, args.repeats):
-        if int(os.environ.get("RANK", "0")) == 0:
-            report(
-                cell,
-                engine="transformers",
-                version=transformers.__version__,
-                torch=torch.__version__,
-                tp=ranks,
-                dtype=args.dtype,
-            )
+    def agreed() -> Iterator[tuple[int, int]]:
+        """The cells that rank 0 is asked for, on every rank."""
+        cells = asked()
+        while True:
+            told = [next(cells, None) if torch.distributed.get_rank() == 0 else None]
+            torch.distributed.broadcast_object_list(told)
+            if told[0] is None:
+                return
+            yield told[0]
+
+    about = {"version": transformers.__version__, "torch": torch.__version__}
+    cells = asked() if ranks == 1 else agreed()
+    serve(run, model.config.vocab_size, cells, **about)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

