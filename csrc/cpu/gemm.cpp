@@ -226,6 +226,40 @@ void multiply_all(const Weight& w, const T* x, index_t ldx, index_t m, const Out
   }
 }
 
+// Tile i of a product of many rows: the same numbers, to the bit, whoever computes it. How many there are
+// follows from m and n alone, so that all ranks cut alike.
+struct Tiles {
+  index_t row_blocks, chunks, m, panels;
+  Tiles(index_t m, index_t n) : row_blocks(ceil_div(m, MC)), m(m), panels(ceil_div(n, NR)) {
+    const index_t wide = ceil_div(n, NC / 2), fine = ceil_div(8, row_blocks);
+    chunks = wide > fine ? wide : fine;
+    if (chunks > panels) chunks = panels;
+  }
+  index_t count() const { return row_blocks * chunks; }
+
+  template <class W, class Wide, class T>
+  void multiply(index_t i, const Weight& w, const T* x, index_t ldx, const Output& out) const {
+    const index_t block = i / chunks, chunk = i % chunks, row = part(m, row_blocks, block);
+    Output to = out;
+    to.data = static_cast<char*>(out.data) + row * out.stride * (out.half ? 2 : 4);
+    many_rows<W, Wide>(w, x + row * ldx, ldx, part(m, row_blocks, block + 1) - row, to,
+                       part(panels, chunks, chunk), part(panels, chunks, chunk + 1));
+  }
+};
+
+// Takes tiles until the counter, which all helpers share, has passed the last.
+template <class W, class Wide, class T>
+void take_tiles(int64_t* next, const Weight& w, const T* x, index_t ldx, index_t m, const Output& out,
+                int threads) {
+  const Tiles tiles(m, w.n);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (;;) {
+    const index_t i = index_t(__atomic_fetch_add(next, 1, __ATOMIC_RELAXED));
+    if (i >= tiles.count()) break;
+    tiles.multiply<W, Wide>(i, w, x, ldx, out);
+  }
+}
+
 }  // namespace
 }  // namespace weave
 
@@ -268,4 +302,18 @@ extern "C" void weave_linear(const void* packed, index_t n, index_t k, index_t d
     multiply_all<Dots, Dots>(w, static_cast<const bf16*>(x), ldx, m, to, int(threads));
   else
     multiply_all<Pairs, Floats>(w, static_cast<const bf16*>(x), ldx, m, to, int(threads));
+}
+
+// The tiles that are left of a product of many rows, x [m, k] dense: `next` counts those that were taken, by
+// this process or by others that share its memory.
+extern "C" void weave_linear_tiles(int64_t* next, const void* packed, index_t n, index_t k, index_t dtype,
+                                   const void* x, index_t m, void* out, index_t ldo, index_t threads) {
+  const Weight w{packed, n, k};
+  const Output to{out, ldo, n, nullptr, false, dtype == BFLOAT16};
+  if (dtype == FLOAT32)
+    take_tiles<Floats, Floats>(next, w, static_cast<const float*>(x), k, m, to, int(threads));
+  else if constexpr (HAS_DOT)
+    take_tiles<Dots, Dots>(next, w, static_cast<const bf16*>(x), k, m, to, int(threads));
+  else
+    take_tiles<Pairs, Floats>(next, w, static_cast<const bf16*>(x), k, m, to, int(threads));
 }

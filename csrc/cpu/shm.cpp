@@ -170,6 +170,14 @@ int weaveinf_look(Group* g) {
 
 int weaveinf_meet(Group* g, uint64_t tag) { return meet(g, tag); }
 
+// Half a meeting: arrive, waiting for nobody; or wait until one rank has arrived.
+int weaveinf_arrive(Group* g) {
+  if (!g->broken) arrive(g, 0);
+  return g->broken;
+}
+
+int weaveinf_await(Group* g, int rank) { return await(g, rank, g->epoch, g->deadline_ns); }
+
 // ---- votes: slots[2][size][chunk] floats; two slots, so one meeting a chunk is enough -----------------
 
 struct Votes {

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,11 +15,15 @@ import torch
 
 from tests.comm.second import second_ranks, store_port
 from tests.ranks import RankPool
+from weaveinf.comm.aid import aid
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.errors import RankDied
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint
 from weaveinf.comm.segment import SHM
+from weaveinf.comm.shared import SharedSeam
+from weaveinf.ops import native
+from weaveinf.ops.linear import linear, pack
 
 NOTICED_S = 5.0
 """Far below `silence_s`, which would end the wait as well, and far above the second it takes."""
@@ -35,6 +40,18 @@ def in_seam(ranks: Ranks) -> Callable[[], object]:
         seam.finish()
 
     return step
+
+
+def in_product(ranks: Ranks) -> Callable[[], object]:
+    """One of several ranks that wait for the tiles of the one that is killed."""
+    seam = make_seam(ranks, 64, 32, torch.bfloat16)
+    assert isinstance(seam, SharedSeam)
+    weight = pack(torch.ones(32, 16, dtype=torch.bfloat16))
+    with mock.patch.object(os, "sched_getaffinity", return_value=range(8)):
+        assert aid(ranks, 64, [weight], [seam]) is not None
+    x = torch.ones(64, 16, dtype=torch.bfloat16)
+    seam.open(64)
+    return lambda: linear(x, weight, out=seam.partial())
 
 
 def in_vote(ranks: Ranks) -> Callable[[], object]:
@@ -80,6 +97,7 @@ def die(
     ("wait", "victim", "gloo"),
     [
         (in_seam, 1, False),
+        (in_product, 1, False),
         (in_vote, 0, False),
         (in_channel, 2, False),
         (in_full_channel, 1, False),
@@ -90,6 +108,8 @@ def die(
 def test_a_killed_rank_is_noticed(
     wait: Callable[[Ranks], Callable[[], object]], victim: int, gloo: bool, tmp_path: Path
 ) -> None:
+    if wait is in_product and native.lib is None:
+        pytest.skip("no compiled kernels here")
     size = 2 if gloo else 3
     mine = RankPool(size)
     before = set(os.listdir(SHM))

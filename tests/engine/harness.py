@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
+from weaveinf.comm import aid
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import EngineConfig
 from weaveinf.engine.engine import Engine
@@ -45,11 +47,12 @@ END = torch.empty(0, dtype=torch.int64).numpy()
 
 def with_engines(ranks: Ranks, config: EngineConfig, use: Callable[..., Any], *args: Any) -> Any:
     """On rank 0 `use(fresh, *args)`, where `fresh(pages=..., **settings)` makes an engine of its own
-    over the same loaded ranks; the other ranks follow."""
+    over the same loaded ranks; the other ranks follow. Two ranks share the products of all their rows."""
     worker = Worker(config, ranks)
     try:
         if ranks.rank:
-            worker.follow()
+            with mock.patch.object(aid, "WORTH", 1):
+                worker.follow()
             return None
         executor = PoolExecutor(worker)
         pages = worker.num_pages
@@ -59,7 +62,8 @@ def with_engines(ranks: Ranks, config: EngineConfig, use: Callable[..., Any], *a
             return Engine(executor)
 
         try:
-            return use(fresh, *args)
+            with mock.patch.object(aid, "WORTH", 1):
+                return use(fresh, *args)
         finally:
             executor.close()
     finally:

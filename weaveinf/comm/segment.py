@@ -62,6 +62,8 @@ class Group(ctypes.Structure):
 _SIGNATURES: dict[str, list[type]] = {
     "weaveinf_look": [_P],
     "weaveinf_meet": [_P, _U64],
+    "weaveinf_arrive": [_P],
+    "weaveinf_await": [_P, ctypes.c_int],
     "weaveinf_votes_sum": [_P, _P, _P, _I64],
     "weaveinf_channel_send": [_P, _P, _I64],
     "weaveinf_channel_length": [_P, _I64, _P],
@@ -107,11 +109,12 @@ def check(code: int, doing: str) -> None:
 class Segment:
     """One shared mapping. Made by the lowest rank, mapped by the others, of one host.
 
-    The maker passes no name and hands `name` to the others; `unlink()` once all have mapped.
-    OSError when it cannot be made or mapped, with the remedy when /dev/shm is too small.
+    The maker passes no name and hands `name` to the others; `unlink()` once all have mapped. A sparse one has
+    no pages but those that `reserve` gets it. OSError when it cannot be made or mapped, with the remedy when
+    /dev/shm is too small.
     """
 
-    def __init__(self, size: int, rank: int, name: str | None = None) -> None:
+    def __init__(self, size: int, rank: int, name: str | None = None, *, sparse: bool = False) -> None:
         self.name = name or f"weaveinf-{secrets.token_hex(8)}"
         self.size = size
         self.rank = rank
@@ -119,9 +122,11 @@ class Segment:
         self.fd = os.open(SHM / self.name, flags, 0o600)
         try:
             if name is None:
-                self._reserve()
-            populate = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            self._map = mmap.mmap(self.fd, size, flags=populate)
+                os.ftruncate(self.fd, size)
+                if not sparse:
+                    self.reserve(0, size)
+            populate = 0 if sparse else mmap.MAP_POPULATE
+            self._map = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED | populate)
             # Of the process, not inherited by a fork, and gone with it. It also goes when the process
             # closes any descriptor of this file, hence one open() a process.
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
@@ -132,16 +137,17 @@ class Segment:
             raise
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
-    def _reserve(self) -> None:
+    def reserve(self, offset: int, size: int) -> None:
+        """Gets pages for a part of it. OSError when /dev/shm is too small."""
         try:
-            os.posix_fallocate(self.fd, 0, self.size)
+            os.posix_fallocate(self.fd, offset, size)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             free = os.statvfs(SHM)
             raise OSError(
                 errno.ENOSPC,
-                f"/dev/shm is too small: {self.size / 2**20:.1f} MiB needed, "
+                f"/dev/shm is too small: {size / 2**20:.1f} MiB needed, "
                 f"{free.f_bavail * free.f_frsize / 2**20:.1f} MiB free; enlarge it "
                 f"(docker run --shm-size, mount -o remount,size=) or lower the tokens per step",
             ) from None
@@ -182,7 +188,7 @@ class Segment:
             self.fd = -1
 
 
-def share(size: int, rank: int, agree: Callable[[str], list[str]]) -> Segment:
+def share(size: int, rank: int, agree: Callable[[str], list[str]], *, sparse: bool = False) -> Segment:
     """Makes one segment for all ranks (0 to n-1, one host); every rank calls it.
 
     `agree(words)` gives every rank the words of all ranks, in rank order. OSError on all ranks when
@@ -194,7 +200,7 @@ def share(size: int, rank: int, agree: Callable[[str], list[str]]) -> Segment:
     try:
         if rank == 0:
             try:
-                segment = Segment(size, 0)
+                segment = Segment(size, 0, sparse=sparse)
                 said = segment.name
             except OSError as error:
                 said = f"!{error.strerror}"
@@ -204,7 +210,7 @@ def share(size: int, rank: int, agree: Callable[[str], list[str]]) -> Segment:
         said = ""
         if rank != 0:
             try:
-                segment = Segment(size, rank, name)
+                segment = Segment(size, rank, name, sparse=sparse)
             except OSError as error:
                 said = f"rank {rank} cannot map the segment of rank 0: {error.strerror}"
         failures = [words for words in agree(said) if words]

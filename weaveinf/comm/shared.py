@@ -61,7 +61,7 @@ class SharedSeam:
         at = [-(-size * LINE // 4096) * 4096]
         for rows in (size * max_rows, 2 * max_rows, max_rows):
             at.append(at[-1] + -(-rows * hidden * item // 4096) * 4096)
-        self._segment = seg = share(at[-1], rank, ranks.agree)
+        self.segment = seg = share(at[-1], rank, ranks.agree)
         threads = torch.get_num_threads()
         self._scratch = torch.empty(threads + 1, hidden)
         self._state = _State(
@@ -158,4 +158,4 @@ class SharedSeam:
     def close(self) -> None:
         """See `Seam.close`."""
         self._state.group.broken = 256 + self._rank
-        self._segment.close()
+        self.segment.close()

@@ -9,7 +9,7 @@ over the ranks; what a rank lacks, the seam's sum over ranks adds.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -93,6 +93,13 @@ class Parts:
     weights: Weights
     rotary: Tensor
     scratch: Scratch
+    closing: list[PackedWeight] = field(default_factory=list)
+
+    def closes(self, weight: PackedWeight, bias: bool) -> PackedWeight:
+        """Notes a weight whose product is all of a block's partial sums."""
+        if not bias:
+            self.closing.append(weight)
+        return weight
 
     def bias(self, wanted: bool, *pieces: Piece) -> Tensor | None:
         return self.weights.tensor(*pieces) if wanted else None
@@ -180,9 +187,8 @@ class Attention:
         self.q_norm = parts.bias(config.qk_norm, Piece(f"{name}.q_norm.weight", (dim,)))
         self.k_norm = parts.bias(config.qk_norm, Piece(f"{name}.k_norm.weight", (dim,)))
         span = range(share.heads.start * dim, share.heads.stop * dim)
-        self.o = weights.packed(
-            columns(f"{name}.o_proj.weight", config.hidden_size, config.num_heads * dim, span)
-        )
+        o = columns(f"{name}.o_proj.weight", config.hidden_size, config.num_heads * dim, span)
+        self.o = parts.closes(weights.packed(o), config.output_bias)
         self.o_bias = parts.row_bias(config.output_bias, f"{name}.o_proj.bias", config.hidden_size)
         self.keys = self.values = torch.empty(0)
 
@@ -267,7 +273,8 @@ class Mlp:
         up = [f"{name}.{which}_proj" for which in ("gate", "up")]
         self.gate_up = weights.packed(*(rows(f"{n}.weight", inner, hidden, own) for n in up))
         self.gate_up_bias = parts.bias(config.mlp_bias, *(Piece(f"{n}.bias", (inner,), span) for n in up))
-        self.down = weights.packed(columns(f"{name}.down_proj.weight", hidden, inner, own))
+        down = columns(f"{name}.down_proj.weight", hidden, inner, own)
+        self.down = parts.closes(weights.packed(down), config.mlp_bias)
         self.down_bias = parts.row_bias(config.mlp_bias, f"{name}.down_proj.bias", hidden)
         self.width = len(own)
         self.scratch, self.dtype, self.device = parts.scratch, weights.dtype, weights.device
@@ -349,6 +356,7 @@ class Model:
         chain: (block, joint) pairs; the joint is the norm that follows the block.
         head: rows [rows, hidden] of the last seam -> float32 [rows, vocab_shard].
         vocab_start, vocab_shard: this rank's token ids are the range of that start and length.
+        closing: the weights of products that are all of a block's partial sums, without a bias.
         pool_specs: the pools "key" and "value" that `bind` wants.
     """
 
@@ -370,6 +378,7 @@ class Model:
         # A file's own head counts even where the config ties it, as in transformers.
         own = not config.tie_word_embeddings or parts.weights.has("lm_head.weight")
         self.head = Head(parts, "lm_head.weight" if own else "model.embed_tokens.weight")
+        self.closing = parts.closing
         self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
         shape = (len(share.kv_heads), config.head_dim)
         self.pool_specs = [

@@ -15,12 +15,16 @@ Product = Callable[[Tensor, Tensor | None, Tensor], None]
 
 
 class PackedWeight:
-    """A weight [n, k] in the layout that this device multiplies fastest (made by `pack`)."""
+    """A weight [n, k] in the layout that this device multiplies fastest (made by `pack`).
 
-    def __init__(self, weight: Tensor, product: Product) -> None:
+    panels: its bytes in the layout of csrc/cpu/gemm.cpp, where `product` reads that.
+    """
+
+    def __init__(self, weight: Tensor, product: Product, panels: Tensor | None = None) -> None:
         self.n, self.k = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self.product = product
+        self.panels = panels
 
 
 def linear_reference(
@@ -47,19 +51,28 @@ def pack(weight: Tensor, wide: bool = False) -> PackedWeight:
             # AVX-512 and AMX: oneDNN's kernels know them.
             return PackedWeight(weight, _onednn(weight))
         if native.lib is not None:
-            return PackedWeight(weight, _native(weight, native.lib))
+            panels, (n, k) = _panels(weight, native.lib), weight.shape
+            return PackedWeight(weight, panels_product(panels, n, k, weight.dtype), panels)
     return PackedWeight(weight, _cuda(weight) if weight.is_cuda else _torch(weight))
 
 
-def _native(weight: Tensor, lib: ctypes.CDLL) -> Product:
-    """csrc/cpu/gemm.cpp: panels of bfloat16 or float32, widened in registers."""
+def _panels(weight: Tensor, lib: ctypes.CDLL) -> Tensor:
+    """The layout of csrc/cpu/gemm.cpp: panels of bfloat16 or float32, widened in registers."""
     n, k = weight.shape
     dtype = native.DTYPES[weight.dtype]
     panels = torch.empty(lib.weave_packed_bytes(n, k, dtype), dtype=torch.uint8)
-    data, call, codes = panels.data_ptr(), lib.weave_linear, native.DTYPES
-    threads = torch.get_num_threads
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    lib.weave_pack(weight.data_ptr(), weight.stride(0), n, k, dtype, data, threads())
+    lib.weave_pack(
+        weight.data_ptr(), weight.stride(0), n, k, dtype, panels.data_ptr(), torch.get_num_threads()
+    )
+    return panels
+
+
+def panels_product(panels: Tensor, n: int, k: int, weight_dtype: torch.dtype) -> Product:
+    """The product with a weight [n, k] in the layout of csrc/cpu/gemm.cpp."""
+    assert native.lib is not None
+    data, call, codes = panels.data_ptr(), native.lib.weave_linear, native.DTYPES
+    dtype, threads = codes[weight_dtype], torch.get_num_threads
 
     # `panels` as a default keeps the memory as long as the function.
     def product(x: Tensor, bias: Tensor | None, out: Tensor, panels: Tensor = panels) -> None:

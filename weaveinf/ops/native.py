@@ -38,6 +38,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "weave_packed_bytes": [_I, _I, _I],
     "weave_pack": [_P, _I, _I, _I, _I, _P, _I],
     "weave_linear": [_P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _I, _I],
+    "weave_linear_tiles": [_P, _P, _I, _I, _I, _P, _I, _P, _I, _I],
     "weave_rms_norm": [_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _F, _F, _I, _I],
     "weave_add_rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F, _F, _F, _I, _I],
     "weave_rope": [_P, _I, _I, _I, _I, _I, _P, _P, _I, _I],

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from weaveinf import __version__
 from weaveinf.cache.batch import Batch
+from weaveinf.comm.aid import Aid, aid
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Seam
+from weaveinf.comm.shared import SharedSeam
 from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.models.config import ModelConfig
 from weaveinf.ops import native
@@ -47,11 +49,16 @@ class Weaver:
         self._dtype = model.pool_specs[0].dtype
         self.seams = [self._seam()]
         self.seam = self.seams[0]
+        self.aid: Aid | None = None
         self.recorder: Recorder | None = None
         self.planner: Planner | None = None
         self.why = self._objection(config)
         if not self.why:
             self.seams.append(self._seam())
+        shared = [seam for seam in self.seams if isinstance(seam, SharedSeam)]
+        if len(shared) == len(self.seams):
+            self.aid = aid(ranks, self._most, model.closing, shared)
+        if not self.why:
             costs = self._profile() if config.weave == "auto" else None
             self.planner = Planner(costs) if costs is not None else None
 
@@ -98,6 +105,8 @@ class Weaver:
         """Closes the seams; waits for nobody."""
         for seam in self.seams:
             seam.close()
+        if self.aid is not None:
+            self.aid.close()
 
     # What steps cost here
 
