@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from itertools import count
@@ -29,6 +30,7 @@ def main(model: str, size: str, ending: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
     try:
         main(*sys.argv[1:])
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ waits for a helper but there. Who computes a tile does not change its bits.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
 
@@ -22,6 +23,8 @@ from weaveinf.comm.segment import SHM, Segment, check, share
 from weaveinf.comm.shared import SharedSeam
 from weaveinf.ops import native
 from weaveinf.ops.linear import PackedWeight, Product, panels_product
+
+log = logging.getLogger("weaveinf")
 
 WORTH = 64
 """Rows from which on a product is shared."""
@@ -59,6 +62,12 @@ def aid(
     free = os.statvfs(SHM)
     fits = 0 not in regions and ends[-1] + _LEFT <= free.f_bavail * free.f_frsize
     if not all(ranks.agree("fits" if fits else "")):
+        if 0 not in regions and ranks.rank == 0:
+            log.warning(
+                "/dev/shm has no room for %.0f MiB of weights: ranks wait for the slowest instead of sharing "
+                "its products; enlarge it (docker run --shm-size, mount -o remount,size=)",
+                (ends[-1] + _LEFT) / 2**20,
+            )
         return None
     memory = share(ends[-1], ranks.rank, ranks.agree, sparse=True)
     return Aid(ranks, memory, ends[ranks.rank] - regions[ranks.rank], room, weights, seams)
