@@ -199,42 +199,11 @@ void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output
   }
 }
 
-// W: the panels' kind. Wide: what a tile of many rows reads (float32 after widening, or the same).
-template <class W, class Wide, class T>
-void multiply_all(const Weight& w, const T* x, index_t ldx, index_t m, const Output& out, int threads) {
-  const index_t panels = ceil_div(w.n, NR);
-  if (m <= FEW_ROWS || m * w.k <= FEW) {
-    if (m * w.k * w.n < 32 * WORTH_A_TEAM) threads = 1;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (index_t t = 0; t < threads; ++t)
-      few_rows<W>(w, x, ldx, m, out, part(panels, threads, t), part(panels, threads, t + 1));
-    return;
-  }
-  const index_t row_blocks = ceil_div(m, MC);
-  index_t chunks = ceil_div(panels, NC / NR);
-  while (threads > 1 && row_blocks * chunks % threads && chunks < panels && chunks < 4 * threads)
-    ++chunks;
-#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1) schedule(dynamic)
-  for (index_t i = 0; i < row_blocks; ++i) {
-    for (index_t c = 0; c < chunks; ++c) {
-      const index_t row = part(m, row_blocks, i);
-      Output block = out;
-      block.data = static_cast<char*>(out.data) + row * out.stride * (out.half ? 2 : 4);
-      many_rows<W, Wide>(w, x + row * ldx, ldx, part(m, row_blocks, i + 1) - row, block,
-                         part(panels, chunks, c), part(panels, chunks, c + 1));
-    }
-  }
-}
-
-// Tile i of a product of many rows: the same numbers, to the bit, whoever computes it. How many there are
-// follows from m and n alone, so that all ranks cut alike.
+// A product of many rows in tiles, blocks of rows by chunks of panels; how many does not change its bits.
 struct Tiles {
   index_t row_blocks, chunks, m, panels;
-  Tiles(index_t m, index_t n) : row_blocks(ceil_div(m, MC)), m(m), panels(ceil_div(n, NR)) {
-    const index_t wide = ceil_div(n, NC / 2), fine = ceil_div(8, row_blocks);
-    chunks = wide > fine ? wide : fine;
-    if (chunks > panels) chunks = panels;
-  }
+  Tiles(index_t m, index_t n)
+      : row_blocks(ceil_div(m, MC)), chunks(ceil_div(n, NC)), m(m), panels(ceil_div(n, NR)) {}
   index_t count() const { return row_blocks * chunks; }
 
   template <class W, class Wide, class T>
@@ -247,11 +216,32 @@ struct Tiles {
   }
 };
 
+// W: the panels' kind. Wide: what a tile of many rows reads (float32 after widening, or the same).
+template <class W, class Wide, class T>
+void multiply_all(const Weight& w, const T* x, index_t ldx, index_t m, const Output& out, int threads) {
+  const index_t panels = ceil_div(w.n, NR);
+  if (m <= FEW_ROWS || m * w.k <= FEW) {
+    if (m * w.k * w.n < 32 * WORTH_A_TEAM) threads = 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (index_t t = 0; t < threads; ++t)
+      few_rows<W>(w, x, ldx, m, out, part(panels, threads, t), part(panels, threads, t + 1));
+    return;
+  }
+  Tiles tiles(m, w.n);
+  while (threads > 1 && tiles.count() % threads && tiles.chunks < panels && tiles.chunks < 4 * threads)
+    ++tiles.chunks;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (index_t i = 0; i < tiles.count(); ++i) tiles.multiply<W, Wide>(i, w, x, ldx, out);
+}
+
 // Takes tiles until the counter, which all helpers share, has passed the last.
 template <class W, class Wide, class T>
 void take_tiles(int64_t* next, const Weight& w, const T* x, index_t ldx, index_t m, const Output& out,
                 int threads) {
-  const Tiles tiles(m, w.n);
+  Tiles tiles(m, w.n);  // cut alike on all ranks, and finely: the last tile is waited for
+  const index_t wide = 2 * tiles.chunks, fine = ceil_div(8, tiles.row_blocks);
+  tiles.chunks = wide > fine ? wide : fine;
+  if (tiles.chunks > tiles.panels) tiles.chunks = tiles.panels;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (;;) {
     const index_t i = index_t(__atomic_fetch_add(next, 1, __ATOMIC_RELAXED));

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weaveinf.comm import segment
 from weaveinf.comm.ranks import Ranks
+from weaveinf.comm.seam import Seam
 from weaveinf.comm.segment import SHM, Segment, check, share
 from weaveinf.comm.shared import SharedSeam
 from weaveinf.ops import native
@@ -45,14 +46,15 @@ class _Job(ctypes.Structure):
     ]
 
 
-def aid(
-    ranks: Ranks, max_rows: int, weights: Sequence[PackedWeight], seams: Sequence[SharedSeam]
-) -> Aid | None:
+def aid(ranks: Ranks, max_rows: int, weights: Sequence[PackedWeight], seams: Sequence[Seam]) -> Aid | None:
     """Moves the weights to shared memory and lets the ranks share their products; every rank calls it.
 
-    None, and nothing changed, where ranks have no cores of their own, the weights are not in the layout of
-    csrc/cpu/gemm.cpp, or /dev/shm has no room for them.
+    None, and nothing changed, where the sums do not lie in shared memory, ranks have no cores of their own,
+    the weights are not in the layout of csrc/cpu/gemm.cpp, or /dev/shm has no room for them.
     """
+    shared = [seam for seam in seams if isinstance(seam, SharedSeam)]
+    if len(shared) < len(seams):
+        return None
     panels = [w.panels for w in weights if w.panels is not None]
     able = ranks.size <= len(os.sched_getaffinity(0)) and len(panels) == len(weights) > 0
     room = _pages(max_rows * max(w.k for w in weights) * weights[0].dtype.itemsize) if able else 0
@@ -70,7 +72,7 @@ def aid(
             )
         return None
     memory = share(ends[-1], ranks.rank, ranks.agree, sparse=True)
-    return Aid(ranks, memory, ends[ranks.rank] - regions[ranks.rank], room, weights, seams)
+    return Aid(ranks, memory, ends[ranks.rank] - regions[ranks.rank], room, weights, shared)
 
 
 class Aid:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from weaveinf import __version__
 from weaveinf.cache.batch import Batch
-from weaveinf.comm.aid import Aid, aid
+from weaveinf.comm.aid import aid
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Seam
-from weaveinf.comm.shared import SharedSeam
 from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.models.config import ModelConfig
 from weaveinf.ops import native
@@ -49,15 +48,12 @@ class Weaver:
         self._dtype = model.pool_specs[0].dtype
         self.seams = [self._seam()]
         self.seam = self.seams[0]
-        self.aid: Aid | None = None
         self.recorder: Recorder | None = None
         self.planner: Planner | None = None
         self.why = self._objection(config)
         if not self.why:
             self.seams.append(self._seam())
-        shared = [seam for seam in self.seams if isinstance(seam, SharedSeam)]
-        if len(shared) == len(self.seams):
-            self.aid = aid(ranks, self._most, model.closing, shared)
+        self.aid = aid(ranks, self._most, model.closing, self.seams)
         if not self.why:
             costs = self._profile() if config.weave == "auto" else None
             self.planner = Planner(costs) if costs is not None else None
