@@ -112,9 +112,9 @@ class Sampler:
         wants."""
         sampling_now = step.output_position >= 0
         samples = np.count_nonzero(sampling_now)
-        output = StepOutput(np.empty(0, np.int64))
         if samples == len(x) == step.num_seqs:  # the common case: every sequence samples from its row
             return self.sample(head(x), step.state_slot, step.output_position)
+        output = StepOutput(np.empty(0, np.int64))
         ends = np.cumsum(step.num_logits, dtype=np.int64)
         if samples:
             logits = head(_take(x, ends[sampling_now] - 1))
@@ -178,7 +178,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
         is_limited = self._limited[slots]
-        if not is_limited.any():
+        if not np.count_nonzero(is_limited):
             return (yield from self._draw_freely(logits, slots, positions))
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         free, limited = np.flatnonzero(~is_limited), np.flatnonzero(is_limited)
@@ -195,7 +195,7 @@ class Sampler:
     def _draw_freely(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:
         """Greedy rows and those with nothing but a temperature, in one vote."""
         temperature = self._temperature[slots]
-        if not temperature.any():
+        if not np.count_nonzero(temperature):
             return (yield from sampling.winner(sampling.draw(logits, self.shard.start), self.shard))
         keys = sampling.noise_keys(self._seed[slots], positions).to(self.device)
         offer = sampling.draw(logits, self.shard.start, self.put(temperature), keys)

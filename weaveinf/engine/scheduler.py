@@ -21,7 +21,7 @@ import numpy as np
 from weaveinf.cache.blocks import BlockAllocator, legal_cut
 from weaveinf.engine.prefix import Prefixes
 from weaveinf.engine.request import Request, TokenLogprob
-from weaveinf.engine.step import PER_SEQUENCE, Admission, SampledLogprobs, Step, StepOutput
+from weaveinf.engine.step import Admission, SampledLogprobs, Step, StepOutput
 
 
 class _Run(NamedTuple):
@@ -311,16 +311,9 @@ class Scheduler:
         self._flights.append(flight)
         self._number += 1
         table = np.array([*zip(*rows, strict=True)], np.int32)
-        columns: dict[str, Any] = dict(zip(PER_SEQUENCE, table, strict=True))
-        columns["by_reference"] = columns["by_reference"].astype(np.bool_)
-        return Step(
-            number=flight.number,
-            admissions=admissions,
-            **columns,
-            token_ids=np.array(tokens, np.int64),
-            new_pages=np.array(pages, np.int64),
-            targets=np.array(targets, np.int64),
-        )
+        columns: list[Any] = [*table[:-1], table[-1] > 0]  # in the order of PER_SEQUENCE
+        flat = [np.array(ids, np.int64) for ids in (tokens, pages, targets)]
+        return Step(flight.number, admissions, *columns, *flat)
 
     def update(self, step: Step, output: StepOutput) -> list[tuple[Request, list[int]]]:
         """Takes the results of the oldest step under way: (request, its new tokens) of each that

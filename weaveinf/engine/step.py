@@ -126,12 +126,12 @@ class Step:
     @property
     def num_tokens(self) -> int:
         """Rows of this step's batch."""
-        return int(self.num_query.sum())
+        return len(self.token_ids) + int(np.count_nonzero(self.by_reference))
 
     @cached_property
     def decodes(self) -> bool:
         """Whether every sequence is past its prompt."""
-        return bool((self.num_computed >= self.num_prompt_tokens).all())
+        return not np.count_nonzero(self.num_computed < self.num_prompt_tokens)
 
     @property
     def num_samples(self) -> int:

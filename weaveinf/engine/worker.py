@@ -161,7 +161,7 @@ class Worker:
         if len(step.new_pages):
             self._append_pages(step)
         lengths, positions = step.num_query, step.num_computed
-        total = int(lengths.sum())
+        total = step.num_tokens
         seq_lens = positions + lengths
         used = -(-int(seq_lens.max()) // PAGE_SIZE)
         seq_of_row = self._iota[: len(lengths)]

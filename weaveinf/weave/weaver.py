@@ -43,6 +43,7 @@ class Weaver:
         self, config: EngineConfig, model_config: ModelConfig, model: Model, ranks: Ranks, num_pages: int
     ) -> None:
         self._ranks, self._model, self._config = ranks, model, model_config
+        self._on_cpu = ranks.device.type == "cpu"
         self._most = config.max_num_batched_tokens
         self._tokens = min(model_config.max_model_len, num_pages * PAGE_SIZE)
         self._dtype = model.pool_specs[0].dtype
@@ -66,14 +67,14 @@ class Weaver:
             return "one rank"
         if config.weave == "off":
             return "weave is off"
-        if config.weave == "auto" and self.seam.fused and self._ranks.device.type == "cpu":
+        if config.weave == "auto" and self.seam.fused and self._on_cpu:
             return "nothing to hide: the ranks share memory"
         return ""
 
     def run(self, batch: Batch, cut: int) -> Tensor:
         """The batch's wanted rows, normalised: [logit rows, hidden]. cut: rows of the first half, or 0."""
         halves: Sequence[Batch] = batch.split(cut) if cut else (batch,)
-        if self._ranks.device.type != "cpu":
+        if not self._on_cpu:
             halves = [half.to(self._ranks.device) for half in halves]
         chain, seams, recorder = self._model.chain, self.seams, self.recorder
         if recorder is not None:
