@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.models.harness import Lockstep, make_checkpoint
+from tests.weave.test_run import asks_twice, nine_rows
 from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
-from weaveinf.comm.seam import Seam
+from weaveinf.comm.seam import Joint, Seam
 from weaveinf.weave import timeline
 from weaveinf.weave.run import run
 from weaveinf.weave.timeline import Recorder, Span
@@ -41,6 +42,21 @@ def test_every_block_and_seam_of_either_half_is_there_in_order(recorded: Recorde
             assert [(span.name, span.layer) for span in own] == places
             assert all(a.end <= b.start for a, b in pairwise(own))
     assert all(span.step == 7 and span.start <= span.end for span in spans)
+
+
+def test_a_block_that_votes_is_a_span_for_each_part(tmp_path: Path) -> None:
+    alone, joint = Ranks.single(torch.device("cpu")), Joint(torch.ones(8), 1e-5)
+    seams: list[Seam] = [LocalSeam(9, 8, torch.float32, alone.device) for _ in range(2)]
+    recorder = Recorder()
+    recorder.begin(0)
+    chain = recorder.chain([(asks_twice([]), joint)] * 3)
+    run(chain, nine_rows().split(4), recorder.seams(seams), alone.votes)
+    blocks = [span for span in recorder.steps[0] if span.kind == "block"]
+    places = [("embedding", -1), ("attention", 0), ("mlp", 0)]
+    expected = [(half, *place) for place in places for _ in range(3) for half in (0, 1)]
+    assert [(span.half, span.name, span.layer) for span in blocks] == expected
+    waits = [(span.half, span.name) for span in recorder.steps[0] if span.kind == "wait"]
+    assert waits == [(half, name) for name, _ in places for half in (0, 1)]
 
 
 def test_the_summary_says_how_much_was_hidden() -> None:

@@ -65,7 +65,7 @@ class Children:
             reader = threading.Thread(target=self._forward, args=(rank, os.fdopen(out, "rb")), daemon=True)
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "weaveinf.cluster.rank"],
+                    [sys.executable, "-u", "-P", "-m", "weaveinf.cluster.rank"],  # -u: no last words are lost
                     stdin=subprocess.PIPE,
                     stdout=into,
                     stderr=into,

@@ -20,7 +20,7 @@ from torch import Tensor
 from weaveinf.comm import segment
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Seam
-from weaveinf.comm.segment import SHM, Segment, check, share
+from weaveinf.comm.segment import PAGE, SHM, Segment, check, pages, share
 from weaveinf.comm.shared import SharedSeam
 from weaveinf.ops import native
 from weaveinf.ops.linear import PackedWeight, Product, panels_product
@@ -33,8 +33,7 @@ WORTH = 64
 _LEFT = 16 << 20
 """Bytes of /dev/shm that others may want."""
 
-_PAGE = 4096
-_COUNTERS, _JOBS, _REGIONS = 0, _PAGE, 2 * _PAGE
+_COUNTERS, _JOBS, _REGIONS = 0, PAGE, 2 * PAGE
 
 
 class _Job(ctypes.Structure):
@@ -57,8 +56,8 @@ def aid(ranks: Ranks, max_rows: int, weights: Sequence[PackedWeight], seams: Seq
         return None
     panels = [w.panels for w in weights if w.panels is not None]
     able = ranks.size <= len(os.sched_getaffinity(0)) and len(panels) == len(weights) > 0
-    room = _pages(max_rows * max(w.k for w in weights) * weights[0].dtype.itemsize) if able else 0
-    region = room + sum(_pages(one.nbytes) for one in panels)
+    room = pages(max_rows * max(w.k for w in weights) * weights[0].dtype.itemsize) if able else 0
+    region = room + sum(pages(one.nbytes) for one in panels)
     regions = [int(words) for words in ranks.agree(str(region if able else 0))]
     ends = [_REGIONS + sum(regions[: rank + 1]) for rank in range(ranks.size)]
     free = os.statvfs(SHM)
@@ -110,7 +109,7 @@ class Aid:
             kept = memory.tensor(at, (weight.panels.nbytes,), torch.uint8)
             weight.panels = kept.copy_(weight.panels)
             weight.product = self._product(weight, at)
-            at += _pages(kept.nbytes)
+            at += pages(kept.nbytes)
 
     def _product(self, weight: PackedWeight, at: int) -> Product:
         assert weight.panels is not None
@@ -161,9 +160,5 @@ class Aid:
 
     def close(self) -> None:
         """Leaves; waits for nobody."""
-        self._group.broken = 256 + self._group.rank
+        self._group.leave()
         self._memory.close()
-
-
-def _pages(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE

@@ -90,7 +90,7 @@ class SharedChannel:
 
     def close(self) -> None:
         """See `Channel.close`."""
-        self._state.group.broken = 256 + self._state.group.rank
+        self._state.group.leave()
 
 
 class GlooChannel:

@@ -27,9 +27,7 @@ from weaveinf.comm.collective import CollectiveSeam, _Works
 from weaveinf.comm.errors import RankDied
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
-from weaveinf.comm.segment import BLAMED, LINE, Segment, check, share
-
-_PAGE = 4096
+from weaveinf.comm.segment import BLAMED, LINE, Segment, check, pages, share
 
 
 class HierarchicalSeam(CollectiveSeam):
@@ -55,9 +53,9 @@ class HierarchicalSeam(CollectiveSeam):
         self._known = [*self._here, *(r for r in range(ranks.size) if r not in self._here)]
 
         shapes = [(len(self._here), max_rows, hidden), (max_rows, hidden), (len(hosts), self._few, hidden)]
-        at = [_pages(len(self._here) * LINE)]
+        at = [pages(len(self._here) * LINE)]
         for shape in shapes:
-            at.append(at[-1] + _pages(torch.Size(shape).numel() * dtype.itemsize))
+            at.append(at[-1] + pages(torch.Size(shape).numel() * dtype.itemsize))
         self._segment = seg = _share_on_all(ranks, at[-1], self._here, self._place)
         planes = (seg.tensor(offset, shape, dtype) for offset, shape in zip(at, shapes, strict=False))
         self._partials, self._shared_x, self._sums = planes
@@ -159,14 +157,9 @@ class HierarchicalSeam(CollectiveSeam):
 
     def close(self) -> None:
         """See `Seam.close`."""
-        self._meeting.broken = 256 + self._place
+        self._meeting.leave()
         self._segment.close()
         super().close()
-
-
-def _pages(count: int) -> int:
-    """Bytes, in whole pages."""
-    return -(-count // _PAGE) * _PAGE
 
 
 def _sum(parts: Tensor, out: Tensor) -> None:

@@ -22,15 +22,13 @@ from weaveinf.comm import segment
 from weaveinf.comm.channel import Channel, GlooChannel, SharedChannel
 from weaveinf.comm.errors import RankDied
 from weaveinf.comm.progress import Progress
-from weaveinf.comm.segment import LINE, MAX_RANKS, SILENCE_S, Segment
+from weaveinf.comm.segment import LINE, MAX_RANKS, PAGE, SILENCE_S, Segment
 from weaveinf.comm.votes import GlooVotes, SharedVotes, Votes
 from weaveinf.comm.waits import Backend
 
 _IDLE = timedelta(days=365)
 """The control group's time limit: an idle engine sends nothing. Who waits on it looks after the peers
 itself, with a deadline of its own where one is due."""
-
-_PAGE = 4096
 
 
 class Ranks:
@@ -228,7 +226,7 @@ def _find_hosts(ranks: Ranks) -> tuple[tuple[int, ...], ...]:
     try:
         if leader == ranks.rank and places.count(places[ranks.rank]) > 1:
             try:
-                mine = Segment(_PAGE, ranks.rank)
+                mine = Segment(PAGE, ranks.rank)
                 mine.tensor(0, (16,), torch.uint8).copy_(
                     torch.tensor(list(proof.encode()), dtype=torch.uint8)
                 )
@@ -264,7 +262,7 @@ def _read_proof(name: str, rank: int) -> str:
     if not name:
         return ""
     try:
-        theirs = Segment(_PAGE, rank, name)
+        theirs = Segment(PAGE, rank, name)
     except OSError:
         return ""
     value = bytes(theirs.tensor(0, (16,), torch.uint8).tolist()).decode()

@@ -26,6 +26,7 @@ from weaveinf.ops.native import DIRECTORY
 
 SHM = Path("/dev/shm")
 MAX_RANKS = 8
+PAGE = 4096
 LINE = 128
 """Bytes of one rank's counter line (struct Line)."""
 BLAMED = 28
@@ -57,6 +58,10 @@ class Group(ctypes.Structure):
         ("broken", _I32),
         ("crowded", _I32),
     ]
+
+    def leave(self) -> None:
+        """Every later call with it tells of this rank's end, as if it had died."""
+        self.broken = 256 + self.rank
 
 
 _SIGNATURES: dict[str, list[type]] = {
@@ -104,6 +109,11 @@ def check(code: int, doing: str) -> None:
     if kind == 3:
         raise RuntimeError(f"rank {rank} came to {doing} with another size: the ranks' steps differ")
     raise ValueError("the kept rows must ascend and be rows of this pass")
+
+
+def pages(size: int) -> int:
+    """Bytes, in whole pages."""
+    return -(-size // PAGE) * PAGE
 
 
 class Segment:

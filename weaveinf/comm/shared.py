@@ -11,7 +11,7 @@ from torch import Tensor
 from weaveinf.comm import segment
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
-from weaveinf.comm.segment import LINE, Group, check, share
+from weaveinf.comm.segment import LINE, Group, check, pages, share
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,9 +58,9 @@ class SharedSeam:
         size, rank = ranks.size, ranks.rank
         item = dtype.itemsize
         # Planes of the segment, on pages of their own: counters, partials, residuals, x.
-        at = [-(-size * LINE // 4096) * 4096]
+        at = [pages(size * LINE)]
         for rows in (size * max_rows, 2 * max_rows, max_rows):
-            at.append(at[-1] + -(-rows * hidden * item // 4096) * 4096)
+            at.append(at[-1] + pages(rows * hidden * item))
         self.segment = seg = share(at[-1], rank, ranks.agree)
         threads = torch.get_num_threads()
         self._scratch = torch.empty(threads + 1, hidden)
@@ -157,5 +157,5 @@ class SharedSeam:
 
     def close(self) -> None:
         """See `Seam.close`."""
-        self._state.group.broken = 256 + self._rank
+        self._state.group.leave()
         self.segment.close()

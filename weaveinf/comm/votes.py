@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from weaveinf.comm import segment
 from weaveinf.comm.segment import Group, Segment, check
-from weaveinf.comm.waits import Backend, blamed
+from weaveinf.comm.waits import Backend, blamed, wait_for
 
 _CHUNK = 16384
 """Floats of one vote that pass at once; longer votes go in chunks."""
@@ -22,6 +23,9 @@ class Votes(Protocol):
     def sum(self, t: Tensor) -> Tensor:
         """The sum over ranks of a float32 tensor of any shape: added in rank order, the same bits on all
         ranks. RankDied or TimeoutError when a peer does not take part."""
+
+    def start(self, t: Tensor) -> Callable[[], Tensor]:
+        """A sum under way, which the result waits for: once, in the order of the starts."""
 
     def close(self) -> None:
         """Takes part no longer."""
@@ -55,9 +59,14 @@ class SharedVotes:
         check(self._sum(self._address, given.data_ptr(), out.data_ptr(), given.numel()), "a vote")
         return out
 
+    def start(self, t: Tensor) -> Callable[[], Tensor]:
+        """See `Votes.start`. Memory is so fast that nothing is left under way."""
+        total = self.sum(t)
+        return lambda: total
+
     def close(self) -> None:
         """See `Votes.close`."""
-        self._state.group.broken = 256 + self._state.group.rank
+        self._state.group.leave()
 
 
 class GlooVotes:
@@ -69,15 +78,23 @@ class GlooVotes:
 
     def sum(self, t: Tensor) -> Tensor:
         """See `Votes.sum`."""
+        return self.start(t)()
+
+    def start(self, t: Tensor) -> Callable[[], Tensor]:
+        """See `Votes.start`."""
         if self._group is None or t.numel() == 0:
-            return t
+            return lambda: t
         given = t.contiguous()
         parts = [torch.empty_like(given) for _ in range(self._size)]
         with blamed(None, "a vote"):
-            self._group.allgather([parts], [given]).wait()
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
+            work = self._group.allgather([parts], [given])
+
+        def total() -> Tensor:
+            wait_for(work, None, "a vote")
+            for part in parts[1:]:
+                parts[0].add_(part)
+            return parts[0]
+
         return total
 
     def close(self) -> None:

@@ -111,12 +111,13 @@ def _means(run: Run, rows: int, context: int, cut: int) -> dict[str, float]:
     for _ in range(3 if rows <= 512 else 2):
         spans = _record(run, rows, context, cut)
         last = max(span.layer for span in spans)
-        times: dict[str, list[float]] = defaultdict(list)
-        for span in spans:
+        times: dict[str, dict[Any, float]] = defaultdict(lambda: defaultdict(float))
+        for span in spans:  # a block that votes has several
             if span.kind != "wait" and (span.layer < last or last == 0):
-                times["seam" if span.kind == "seam" else span.name].append((span.end - span.start) * 1e3)
-        for name, values in times.items():
-            found[name].append(median(values))
+                kind = "seam" if span.kind == "seam" else span.name
+                times[kind][span.name, span.layer] += (span.end - span.start) * 1e3
+        for name, by_place in times.items():
+            found[name].append(median(by_place.values()))
     return defaultdict(float, {name: min(values) for name, values in found.items()})
 
 

@@ -3,12 +3,14 @@
     for every block, for every half: finish its last seam, run the block, start its next seam
 
 With two halves the seam of one runs while the block of the other computes (TokenWeave, arXiv 2505.11329,
-section 4); with one half this is the ordinary forward pass.
+section 4); with one half this is the ordinary forward pass. A block that votes in its middle lets the other
+half go on meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,25 +36,36 @@ def run(chain: Chain, halves: Sequence[Batch], seams: Sequence[Seam], votes: Vot
     seams = seams[: len(batches)]
     for batch, seam in zip(batches, seams, strict=True):
         seam.open(batch.num_tokens)
+
+    def part(half: int, block: Block, joint: Joint, first: bool) -> Iterator[None]:
+        """A half's turn at a block; yields while a vote of its is under way."""
+        seam = seams[half]
+        kept = block(None if first else seam.finish(), batches[half], seam.partial())
+        if isinstance(kept, Generator):
+            kept = yield from _voting(kept, votes)
+        if kept is not None:
+            batches[half] = batches[half].take(kept)
+        seam.start(joint, kept)
+
     for i, (block, joint) in enumerate(chain):
-        for half, seam in enumerate(seams):
-            x = seam.finish() if i else None
-            kept = _drive(block, x, batches[half], seam.partial(), votes)
-            if kept is not None:
-                batches[half] = batches[half].take(kept)
-            seam.start(joint, kept)
+        turns = deque(part(half, block, joint, i == 0) for half in range(len(seams)))
+        while turns:
+            turn = turns.popleft()
+            if next(turn, "over") is None:
+                turns.append(turn)
     left = [seam.finish() for seam in seams]
     return left[0] if len(left) == 1 else torch.cat(left)
 
 
-def _drive(block: Block, x: Tensor | None, batch: Batch, out: Tensor, votes: Votes) -> Tensor | None:
-    """Calls a block; one that votes is a generator and is sent each sum over the ranks."""
-    result = block(x, batch, out)
-    if not isinstance(result, Generator):
-        return result
+def _voting(
+    block: Generator[Tensor, Tensor, Tensor | None], votes: Votes
+) -> Generator[None, None, Tensor | None]:
+    """Runs a block that yields what it votes on and is sent each sum over the ranks; what it returns."""
     try:
-        ballot = next(result)
+        ballot = next(block)
         while True:
-            ballot = result.send(votes.sum(ballot))
+            total = votes.start(ballot)
+            yield
+            ballot = block.send(total())
     except StopIteration as end:
         return end.value

@@ -76,16 +76,27 @@ class Recorder:
             began = time.monotonic()
             result = block(x, batch, out)
             if isinstance(result, Generator):
-                return self._votes(result, began)
+                return self._voting(result, at, self._half)
             self.add("block", began, time.monotonic())
             return result
 
         return recorded
 
-    def _votes(self, block: Generator[Tensor, Tensor, Any], began: float) -> Generator[Tensor, Tensor, Any]:
-        kept = yield from block
-        self.add("block", began, time.monotonic())
-        return kept
+    def _voting(
+        self, block: Generator[Tensor, Tensor, Any], at: tuple[str, int], half: int
+    ) -> Generator[Tensor, Tensor, Any]:
+        """A span for each part between votes, during which the other half may run."""
+        total: Any = None
+        while True:
+            self._at, self._half = at, half
+            began = time.monotonic()
+            try:
+                ballot = block.send(total)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self.add("block", began, time.monotonic())
+            total = yield ballot
 
 
 class RecordedSeam:
