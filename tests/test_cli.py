@@ -37,7 +37,7 @@ SURFACE = {
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE
     | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--trace", "--json"},
-    "bench overlap": ENGINE | {"--load-format", "--tokens", "--pairs", "--trace", "--json"},
+    "bench overlap": ENGINE | {"--load-format", "--tokens", "--decode", "--pairs", "--trace", "--json"},
     "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
     "doctor": {"--tp", "--json"},
 }

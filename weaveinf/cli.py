@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     _engine(overlap)
     _load_format(overlap)
     overlap.add_argument("--tokens", type=int, nargs="+", default=[512], help="of the prompts (512)")
+    overlap.add_argument(
+        "--decode", type=int, nargs="+", default=[], help="also steps of so many decode rows"
+    )
     overlap.add_argument("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
     _results(overlap)
 

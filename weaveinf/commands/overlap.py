@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,24 +43,27 @@ def run(args: argparse.Namespace) -> None:
     if "RANK" not in os.environ:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         os.execv(sys.executable, [*start, str(args.tp or 2), "-m", "weaveinf", *sys.argv[1:]])
-    if min(args.tokens) < 2 or args.pairs < 1:
-        raise ValueError("--tokens must be at least 2, --pairs at least 1")
+    if min(*args.tokens, *args.decode, 2) < 2 or args.pairs < 1:
+        raise ValueError("--tokens and --decode must be at least 2, --pairs at least 1")
     store, rank, size = torchrun_s_store()
     chosen = settings(args) | {"tensor_parallel_size": size}
     trace = chosen.pop("trace", None)  # of one step at the end, not of all that are timed
-    chosen.setdefault("max_num_batched_tokens", max(2048, *args.tokens))
+    chosen.setdefault("max_num_batched_tokens", max(2048, *args.tokens, *args.decode))
     config = EngineConfig(**chosen)
     ranks = Ranks.join(rank, size, store, config.torch_device, LOADING_S)
     try:
         bench = Overlap(Worker(config, ranks))
         cells = [bench.cell(tokens, args.pairs) for tokens in args.tokens]
+        decode = [bench.decode(rows, args.tokens[0], args.pairs) for rows in args.decode]
         spans = timeline.collect(bench.recorded(args.tokens[-1]), ranks) if trace else {}
         if rank == 0:
             if trace:
                 print(timeline.write(Path(trace), spans))
-            for cell in cells:
-                print(_TEXT.format(**cell))
+            for text, some in ((_TEXT, cells), (_DECODE_TEXT, decode)):
+                for cell in some:
+                    print(text.format(**cell))
             about = {"model": config.model, "tp": size, "seam": bench.weaver.seam.name, "pairs": args.pairs}
+            about |= {"decode": decode} if decode else {}
             write_json(args.json, about | (cells[0] if len(cells) == 1 else {"cells": cells}))
         bench.meet()  # nobody leaves while others need the store
     finally:
@@ -71,6 +75,11 @@ _TEXT = (
     "woven {woven_ms:.1f}: {gain:.2f}x (cut at {cut}: {why}; predicted {predicted_ms:.1f}); "
     "no communication {no_comm_ms:.1f}, only communication {comm_only_ms:.1f} "
     "(all-reduces {all_reduce_only_ms:.1f}); {hidden_share:.0%} of what can be is hidden"
+)
+
+_DECODE_TEXT = (
+    "{rows} decode rows: whole {plain_ms:.1f} ms, woven {woven_ms:.1f}: {gain:.2f}x; "
+    "the planner says {predicted_gain:.2f}x: {why}"
 )
 
 
@@ -90,7 +99,8 @@ class Overlap:
     def cell(self, tokens: int, pairs: int) -> dict[str, Any]:
         """Medians over `pairs` rounds of all variants of a prompt of `tokens` tokens."""
         weaver, batch = self.weaver, self.weaver.rehearsal(tokens, 0)
-        cut, why, predicted = self._plan(tokens)
+        work = tokens * (tokens + 1) / 2
+        cut, why, whole, woven = self._plan(tokens, work, work / 4)
         variants: dict[str, Callable[[], Tensor]] = {
             "whole": lambda: weaver.run(batch, 0),
             "woven": lambda: weaver.run(batch, cut),
@@ -99,17 +109,8 @@ class Overlap:
             "comm_only": lambda: self._run(self._links, batch, weaver.seam),
             "reduce_only": lambda: self._run(self._links, batch, self._reduced),
         }
-        times: dict[str, list[float]] = {name: [] for name in variants}
         before = _sent()
-        for pair in range(pairs + 1):
-            for name, variant in variants.items():
-                self.meet()
-                began = time.perf_counter()
-                variant()
-                self.meet()
-                if pair:
-                    times[name].append((time.perf_counter() - began) * 1e3)
-        ms = {name: median(values) for name, values in times.items()}
+        ms = self._times(variants, pairs)
         sent = (_sent() - before) / ((pairs + 1) * self._bytes(tokens))
         plain = min(ms["whole"], ms["reduced"])
         hideable = min(plain - ms["no_comm"], plain - max(ms["no_comm"], ms["comm_only"]))
@@ -123,7 +124,8 @@ class Overlap:
             "gain": plain / ms["woven"],
             "cut": cut,
             "why": why,
-            "predicted_ms": predicted,
+            "predicted_ms": woven if cut else whole,
+            "predicted_plain_ms": whole,
             "whole_ms": ms["whole"],
             "all_reduce_ms": ms["reduced"],
             "all_reduce_only_ms": ms["reduce_only"],
@@ -131,23 +133,47 @@ class Overlap:
         }
 
     @torch.inference_mode()
+    def decode(self, rows: int, context: int, pairs: int) -> dict[str, Any]:
+        """A step of one token of each of `rows` sequences, whole and cut in the middle, beside what the
+        planner says of its best cut."""
+        batch, work = self.weaver.rehearsal(rows, context, decode=True), float(rows * (context + 1))
+        _, why, whole, woven = self._plan(rows, work, work / 2)
+        variants = {str(cut): partial(self.weaver.run, batch, cut) for cut in (0, rows // 2)}
+        ms = list(self._times(variants, pairs).values())
+        gains = {"gain": ms[0] / ms[-1], "predicted_gain": whole / woven if woven else 1.0}
+        return {"rows": rows, "context": context, "plain_ms": ms[0], "woven_ms": ms[-1], **gains, "why": why}
+
+    def _times(self, variants: Mapping[str, Callable[[], Tensor]], pairs: int) -> dict[str, float]:
+        """Medians of ms, in turns; the first turn does not count."""
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for pair in range(pairs + 1):
+            for name, variant in variants.items():
+                self.meet()
+                began = time.perf_counter()
+                variant()
+                self.meet()
+                if pair:
+                    times[name].append((time.perf_counter() - began) * 1e3)
+        return {name: median(values) for name, values in times.items()}
+
+    @torch.inference_mode()
     def recorded(self, tokens: int) -> Recorder:
         """A step of `tokens` tokens as it is planned, recorded."""
         recorder = Recorder()
-        cut, _, _ = self._plan(tokens)
+        work = tokens * (tokens + 1) / 2
+        cut = self._plan(tokens, work, work / 4)[0]
         self.meet()
         self.weaver.rehearse(tokens, 0, cut, recorder)
         return recorder
 
-    def _plan(self, tokens: int) -> tuple[int, str, float]:
-        """Rank 0's plan, on all ranks."""
-        cut, why, predicted = 0, self.weaver.why, 0.0
+    def _plan(self, rows: int, work: float, first_work: float) -> tuple[int, str, float, float]:
+        """Rank 0's cut, on all ranks; why it is so; what it predicts, whole and woven (ms, rank 0 only)."""
+        cut, why, whole, woven = 0, self.weaver.why, 0.0, 0.0
         if self._ranks.rank == 0 and self.weaver.planner is not None:
-            work = tokens * (tokens + 1) / 2
-            plan = self.weaver.planner.plan(tokens, work, work / 4)
-            cut, why, predicted = plan.cut, plan.why, plan.woven_ms if plan.cut else plan.whole_ms
+            plan = self.weaver.planner.plan(rows, work, first_work)
+            cut, why, whole, woven = plan.cut, plan.why, plan.whole_ms, plan.woven_ms
         told = self._ranks.votes.sum(torch.tensor([float(cut)]))
-        return int(told), why, predicted
+        return int(told), why, whole, woven
 
     def _bytes(self, tokens: int) -> float:
         """What a rank on a host of its own sends in a round: each joint's rows once there and once back, but

@@ -135,9 +135,10 @@ class Weaver:
             "most_rows": self._most,
         }
 
-    def rehearsal(self, rows: int, context: int) -> Batch:
-        """Made-up tokens behind `context` cached ones; the cache holds whatever it holds."""
-        longest = self._tokens - context
+    def rehearsal(self, rows: int, context: int, decode: bool = False) -> Batch:
+        """Made-up tokens behind `context` cached ones, of few long sequences or of one each (decode); the
+        cache holds whatever it holds."""
+        longest = 1 if decode else self._tokens - context
         lengths = [min(longest, rows - first) for first in range(0, rows, longest)]
         pages = torch.arange(-(-self._tokens // PAGE_SIZE), dtype=torch.int32)
         positions = (context + torch.cat([torch.arange(n) for n in lengths])).int()
