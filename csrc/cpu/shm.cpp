@@ -216,6 +216,8 @@ struct Channel {
 int weaveinf_channel_send(Channel* c, const int64_t* data, int64_t n) {
   Group* g = &c->group;
   if (g->broken) return g->broken;
+  // Before the message, not after it: who has got a farewell may be gone by then.
+  if (int dead = g->size > 1 ? first_dead(g) : -1; dead > 0) return g->broken = problem(kDied, culprit(g, dead));
   for (int64_t sent = -1; sent < n;) {  // -1 is the length
     for (int r = 1; r < g->size; ++r)
       if (c->at >= uint64_t(c->words))
@@ -233,7 +235,6 @@ int weaveinf_channel_send(Channel* c, const int64_t* data, int64_t n) {
     }
     publish(g->lines[0], c->at);
   }
-  if (int dead = g->size > 1 ? first_dead(g) : -1; dead > 0) return g->broken = problem(kDied, culprit(g, dead));
   return 0;
 }
 
