@@ -16,6 +16,7 @@ needs_kernels = pytest.mark.skipif(not BUILDS, reason="no CPU kernels were compi
 def use(monkeypatch: pytest.MonkeyPatch, build: str) -> None:
     """Makes the ops run on one build."""
     monkeypatch.setattr(native, "lib", native.load(build))
+    monkeypatch.setattr(native, "onednn", False)
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from weaveinf.ops import native
-from weaveinf.ops.linear import linear, linear_reference, pack
+from weaveinf.ops.linear import PackedWeight, _onednn, linear, linear_reference, pack
 
 # (rows, n, k): few rows and many, panels and k that end in the middle, several blocks of each kind.
 SIZES = [
@@ -59,9 +59,8 @@ def test_the_product_of_the_machine(dtype: torch.dtype) -> None:
     packed = pack(weight)
     assert (packed.n, packed.k, packed.dtype) == (24, 40, dtype)
     close(linear(x, packed), linear_reference(x, weight))
-    close(
-        linear(x, packed, out_dtype=torch.float32), linear_reference(x, weight, out_dtype=torch.float32), 64
-    )
+    wide = linear(x, pack(weight, wide=True), out_dtype=torch.float32)
+    close(wide, linear_reference(x, weight, out_dtype=torch.float32), 64)
     assert linear(x[:0], packed).shape == (0, 24)
 
 
@@ -71,8 +70,22 @@ def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch, dtype
     weight, x = torch.randn(24, 40).to(dtype), torch.randn(6, 40).to(dtype)
     bias = torch.randn(24).to(dtype)
     close(linear(x, pack(weight), bias), linear_reference(x, weight, bias))
-    want = linear_reference(x, weight, out_dtype=torch.float32)
-    close(linear(x, pack(weight), out_dtype=torch.float32), want, 64)
+    want = linear_reference(x, weight, bias, out_dtype=torch.float32)
+    close(linear(x, pack(weight, wide=True), bias, out_dtype=torch.float32), want, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_onednn_multiplies(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not native.ONEDNN:
+        pytest.skip("this processor has no instructions for bfloat16")
+    weight, bias = torch.randn(65, 51).to(dtype)[:, 1:], torch.randn(65).to(dtype)
+    packed = PackedWeight(weight, _onednn(weight))
+    for rows in (1, 5, 70):
+        x, out = torch.randn(rows, 53).to(dtype)[:, :50], poisoned(rows, 70, dtype=dtype)
+        for b in (None, bias):
+            linear(x, packed, b, out=out[:, :65])
+            close(out[:, :65], linear_reference(x, weight, b), 2 if dtype == torch.bfloat16 else 64)
+        assert out[:, 65:].isnan().all()
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -44,16 +44,16 @@ def linear_reference(
 def pack(weight: Tensor, wide: bool = False) -> PackedWeight:
     """Packs weight [N, K] for `linear`, which keeps no reference to the caller's memory.
 
-    wide: its products are wanted in float32 (oneDNN would round them to bfloat16 first).
+    wide: its products are wanted in float32 (oneDNN and torch would round them to bfloat16 first).
     """
     if weight.device.type == "cpu" and weight.dtype in native.DTYPES:
-        if weight.dtype == torch.bfloat16 and native.onednn and not (wide and native.lib):
-            # AVX-512 and AMX: oneDNN's kernels know them.
+        if weight.dtype == torch.bfloat16 and native.onednn and not wide:
+            # AVX-512, AMX and Arm's matrix instructions: oneDNN's kernels know them.
             return PackedWeight(weight, _onednn(weight))
         if native.lib is not None:
             panels, (n, k) = _panels(weight, native.lib), weight.shape
             return PackedWeight(weight, panels_product(panels, n, k, weight.dtype), panels)
-    return PackedWeight(weight, _cuda(weight) if weight.is_cuda else _torch(weight))
+    return PackedWeight(weight, _cuda(weight) if weight.is_cuda else _torch(weight, wide))
 
 
 def _panels(weight: Tensor, lib: ctypes.CDLL) -> Tensor:
@@ -96,7 +96,7 @@ def panels_product(panels: Tensor, n: int, k: int, weight_dtype: torch.dtype) ->
 
 def _onednn(weight: Tensor) -> Product:
     """oneDNN with the weight reordered once, for bfloat16 where the processor has instructions."""
-    reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous().to_mkldnn(), None)
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         out.copy_(torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], ""))
@@ -121,15 +121,13 @@ def _cuda(weight: Tensor) -> Product:
     return product
 
 
-def _torch(weight: Tensor) -> Product:
-    """torch's own product; float32 results from half-precision weights take a detour."""
-    weight = weight.clone()
+def _torch(weight: Tensor, wide: bool) -> Product:
+    """torch's own product, in float32 if it is wanted so."""
+    weight = weight.to(torch.float32 if wide else weight.dtype, copy=True)
 
     def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if out.dtype == weight.dtype:
-            out.copy_(torch.nn.functional.linear(x, weight, bias))
-        else:
-            linear_reference(x, weight, bias, out)
+        bias = None if bias is None else bias.to(weight.dtype)
+        out.copy_(torch.nn.functional.linear(x.to(weight.dtype), weight, bias))
 
     return product
 
