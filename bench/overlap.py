@@ -1,6 +1,7 @@
 """Woven beside plain over limited links, without a GPU: one rank on each of two hosts on one machine.
 
     sudo .venv/bin/python bench/overlap.py [--rates 1gbit 250mbit] [--tokens 256 512 1024 2048 4096]
+        [--decode 8 32 128 512]
 
 Runs `weaveinf bench overlap` on two network namespaces (bench/links.py says what that needs) and checks the
 links' byte counters: the run fails unless they moved by what the steps must have sent. Writes
@@ -15,6 +16,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from links import Hosts, torchrun, why_not
 from machine import describe
@@ -23,21 +25,37 @@ from make_model import DIRECTORY, write
 BENCH = Path(__file__).parent
 
 
-def measure(rate: str, args: argparse.Namespace, trace: Path) -> list[dict[str, float]]:
-    """The command's cells for one rate."""
+Cells = list[dict[str, Any]]
+
+
+def measure(rate: str, args: argparse.Namespace, trace: Path) -> tuple[Cells, Cells]:
+    """The command's cells for one rate: prompts, and decode steps."""
     with Hosts(2, rate) as hosts, tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = ["-m", "weaveinf", "bench", "overlap", str(args.model.resolve()), "--json", file.name]
         command += ["--pairs", str(args.pairs), "--trace", str(trace), "--tokens", *map(str, args.tokens)]
+        command += ["--decode", *map(str, args.decode)] if args.decode else []
         print(torchrun(hosts, 1, command, seconds=3000.0), end="", flush=True)
         found = json.loads(Path(file.name).read_text())
-    cells: list[dict[str, float]] = found.get("cells", [found])
+    cells: Cells = found.get("cells", [found])
     for cell in cells:
         if not 0.98 <= cell["sent_share"] <= 1.1:
             raise SystemExit(f"the link moved {cell['sent_share']:.2f} of the bytes that the steps must send")
-    return cells
+    return cells, found.get("decode", [])
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def decode_table(results: dict[str, Cells]) -> str:
+    """A row for each rate and number of decode rows."""
+    lines = ["| link | decode rows | plain ms | woven ms | gain | predicted | verdict |"]
+    lines.append("| --- |" + " --- |" * 6)
+    for rate, cells in results.items():
+        for cell in cells:
+            row = [rate, f"{cell['rows']}", f"{cell['plain_ms']:.1f}", f"{cell['woven_ms']:.1f}"]
+            row += [f"{cell['gain']:.2f}x", f"{cell['predicted_gain']:.2f}x", cell["why"]]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def table(results: dict[str, Cells]) -> str:
     """A row for each rate and number of tokens."""
     lines = [
         "| link | tokens | plain ms | woven ms | gain | no comm. ms | comm. only ms | hidden | predicted ms |"
@@ -52,7 +70,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(file: Path, results: dict[str, list[dict[str, float]]]) -> None:
+def plot(file: Path, results: dict[str, Cells]) -> None:
     """Gain by tokens, a line for each rate, beside what could be gained at most."""
     from matplotlib.figure import Figure
 
@@ -75,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Woven beside plain over limited links.")
     parser.add_argument("--rates", nargs="+", default=["1gbit", "250mbit"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--decode", type=int, nargs="*", default=[8, 32, 128, 512])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--model", type=Path, default=DIRECTORY, help="made when it is missing")
     args = parser.parse_args()
@@ -83,19 +102,20 @@ def main() -> None:
     if not (args.model / "config.json").exists():
         write(args.model)
     stem = BENCH / "results" / f"overlap-{datetime.date.today().isoformat()}"
-    results = {}
+    results, decode = {}, {}
     for rate in args.rates:
         print(rate, flush=True)
-        results[rate] = measure(rate, args, stem.with_name(f"{stem.name}-{rate}-trace.json"))
+        results[rate], decode[rate] = measure(rate, args, stem.with_name(f"{stem.name}-{rate}-trace.json"))
     machine = describe()
     command = f"python bench/overlap.py {' '.join(sys.argv[1:])}".strip()
     lines = ["# Woven beside plain over limited links", "", table(results), ""]
     lines += ["Plain: this engine whole, or with one all-reduce and a local norm at every joint, the faster."]
     lines += ["Hidden: of what communication could be hidden under this step's compute at most.", ""]
+    lines += [decode_table(decode), "", "Woven: cut in the middle; predicted: of the best cut.", ""]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
     lines += [f"Command: `{command}`", ""]
     stem.with_suffix(".md").write_text("\n".join(lines))
-    whole = {"command": command, "machine": machine, "rates": results}
+    whole = {"command": command, "machine": machine, "rates": results, "decode": decode}
     stem.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
     plot(stem.with_suffix(".png"), results)
     print("\n".join(lines))

@@ -43,7 +43,7 @@ class Made:
     def beside(self, rows: int) -> tuple[float, float]:
         return self.slow
 
-    def outside(self, rows: int) -> float:
+    def outside(self, rows: int, halves: int = 1) -> float:
         return 0.3
 
 

@@ -20,8 +20,10 @@ TRUE = Profile(
     mlp=(2.0, 4.0, 14.0, 28.0, 56.0),
     seams=(0.5, 1.0, 4.0, 8.0, 16.0),
     per_work=2e-5,
-    block_beside=1.2,
-    seam_beside=1.5,
+    block_beside=(1.8, 1.6, 1.4, 1.2, 1.2),
+    seam_beside=(2.0, 1.9, 1.8, 1.6, 1.5),
+    outside_whole=(0.0,) * 5,
+    outside_woven=(0.0,) * 5,
 )
 
 
@@ -47,9 +49,9 @@ def test_measuring_finds_the_costs() -> None:
     for name in ("embedding", "attention", "mlp", "seams"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
     assert found.per_work == pytest.approx(TRUE.per_work, rel=1e-6)
-    # The attention's own growth with the context is not told from what a neighbour costs.
-    assert found.block_beside == pytest.approx(TRUE.block_beside, abs=0.1)
-    assert found.seam_beside == pytest.approx(TRUE.seam_beside, abs=0.15)
+    # At 8 and 32 rows the halves' own times are not straight between those that were measured.
+    assert found.block_beside[2:] == pytest.approx(TRUE.block_beside[2:], abs=0.1)
+    assert found.seam_beside[2:] == pytest.approx(TRUE.seam_beside[2:], abs=0.15)
     plan = Planner(found).plan(512, 512 * 256.5, 512 * 64.0)
     assert plan.cut and plan.woven_ms < plan.whole_ms
 
@@ -66,12 +68,12 @@ def test_a_kept_profile_is_used_while_it_fits(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     key = {"model": "m", "tp": 2}
     with caplog.at_level(logging.WARNING):
-        assert profile.load(key, 4.0, 128) is None and not caplog.records  # none yet: nothing to warn of
-        profile.save(key, TRUE)
-        kept = profile.load(key, 4.4, 128)
+        assert profile.load(key, 4.0) is None and not caplog.records  # none yet: nothing to warn of
+        profile.save(key, TRUE, 4.0)
+        kept = profile.load(key, 4.4)
         assert kept is not None and kept.seam(20, 0) == TRUE.seam(20, 0) and not caplog.records
-        assert profile.load({"model": "other", "tp": 2}, 4.0, 128) is None and not caplog.records
-        assert profile.load(key, 9.0, 128) is None  # the network is another one
+        assert profile.load({"model": "other", "tp": 2}, 4.0) is None and not caplog.records
+        assert profile.load(key, 9.0) is None  # the network is another one
         assert "measured anew" in caplog.text
         (file,) = (tmp_path / "weaveinf" / "profiles").iterdir()
         for spoilt in (
@@ -79,8 +81,9 @@ def test_a_kept_profile_is_used_while_it_fits(
             '{"key": {}, "profile": {}}',
             '{"profile": 3}',
             file.read_text().replace("mlp", "lpm"),
+            file.read_text().replace("16.0", "16.0, 17.0"),
         ):
             caplog.clear()
             file.write_text(spoilt)
-            assert profile.load(key, 4.0, 128) is None
+            assert profile.load(key, 4.0) is None
             assert "measured anew" in caplog.text

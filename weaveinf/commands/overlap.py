@@ -35,6 +35,7 @@ from weaveinf.models.layers import Block
 from weaveinf.weave import timeline
 from weaveinf.weave.run import run as run_chain
 from weaveinf.weave.timeline import Recorder
+from weaveinf.weave.weaver import nothing
 
 Links = list[tuple[Block, Joint]]
 
@@ -93,7 +94,7 @@ class Overlap:
         hidden, most = worker.model_config.hidden_size, worker.config.max_num_batched_tokens
         self._alone = LocalSeam(most, hidden, worker.dtype, worker.ranks.device)
         self._reduced = AllReduceSeam(worker.ranks, most, hidden, worker.dtype)
-        self._links: Links = [(_nothing, joint) for _, joint in self._chain]
+        self._links: Links = [(nothing, joint) for _, joint in self._chain]
 
     @torch.inference_mode()
     def cell(self, tokens: int, pairs: int) -> dict[str, Any]:
@@ -194,10 +195,6 @@ def _sent() -> int:
     """Bytes that have left this host (or network namespace) so far."""
     counters = psutil.net_io_counters(pernic=True)
     return sum(counter.bytes_sent for name, counter in counters.items() if name != "lo")
-
-
-def _nothing(x: Tensor | None, batch: Batch, out: Tensor) -> None:
-    """A block that leaves the seam whatever its buffer holds."""
 
 
 class AllReduceSeam(LocalSeam):

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 
 Stage = Literal["embedding", "attention", "mlp"]
 
-GAIN = 0.99
+GAIN = 0.98
 """A cut must be predicted to take at most this share of the whole step."""
 _PLAYED = 3
 """Layers that are played; the others are like the last of them."""
@@ -40,8 +40,8 @@ class Costs(Protocol):
     def beside(self, rows: int) -> tuple[float, float]:
         """How many times longer a block, and a seam, take while the other runs, in a step of `rows`."""
 
-    def outside(self, rows: int) -> float:
-        """What a step costs outside of blocks and seams."""
+    def outside(self, rows: int, halves: int = 1) -> float:
+        """What a step, whole or in two halves, costs outside of blocks and seams."""
 
 
 class Span(NamedTuple):
@@ -147,7 +147,7 @@ def predict(costs: Costs, halves: Sequence[Half], ctas: tuple[int, int]) -> floa
     layers = min(costs.num_layers, _PLAYED)
     spans = play(costs, halves, ctas, layers)
     ends = [span.end for span in spans if span.what == "mlp" and span.half == 0]
-    outside = costs.outside(sum(half.rows for half in halves))
+    outside = costs.outside(sum(half.rows for half in halves), len(halves))
     return outside + spans[-1].end + (costs.num_layers - layers) * (ends[-1] - ends[-2:][0])
 
 

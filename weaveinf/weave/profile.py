@@ -8,14 +8,14 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from weaveinf.weave.plan import Stage
+from weaveinf.weave.plan import Half, Stage, predict
 from weaveinf.weave.timeline import Recorder, Span
 
 log = logging.getLogger("weaveinf")
@@ -33,8 +33,10 @@ Run = Callable[[int, int, int, Recorder], None]
 class Profile:
     """`Costs` by measurement, in ms. rows: ascending; the others: at each of `rows`, one block or seam.
 
-    per_work: attention's ms for a row and a cached token that it reads. block_beside, seam_beside: how
-    much slower a block and a seam are while the other runs.
+    block_beside, seam_beside: how much slower a block and a seam are while the other runs, in a step of so
+    many rows, cut. outside_whole, outside_woven: what such steps took beyond what these costs explain; less
+    than nothing for the last layer, which drops rows. per_work: attention's ms for a row and a cached token
+    that it reads.
     """
 
     num_layers: int
@@ -43,11 +45,19 @@ class Profile:
     attention: Sequence[float]
     mlp: Sequence[float]
     seams: Sequence[float]
+    block_beside: Sequence[float]
+    seam_beside: Sequence[float]
+    outside_whole: Sequence[float]
+    outside_woven: Sequence[float]
     per_work: float
-    block_beside: float
-    seam_beside: float
     row_block: int = 16
     seam_ctas: Sequence[int] = (0,)
+
+    def __post_init__(self) -> None:
+        by_rows = [self.embedding, self.attention, self.mlp, self.seams, self.block_beside, self.seam_beside]
+        by_rows += [self.outside_whole, self.outside_woven]
+        if any(len(values) != len(self.rows) for values in by_rows):
+            raise ValueError("not a time for each number of rows")
 
     def block(self, stage: Stage, rows: int, context: float, seam_ctas: int) -> float:
         """See `Costs.block`."""
@@ -58,13 +68,14 @@ class Profile:
         """See `Costs.seam`."""
         return self._at(self.seams, rows)
 
-    def outside(self, rows: int) -> float:
+    def outside(self, rows: int, halves: int = 1) -> float:
         """See `Costs.outside`."""
-        return 0.0
+        return self._at(self.outside_woven if halves > 1 else self.outside_whole, rows)
 
     def beside(self, rows: int) -> tuple[float, float]:
         """See `Costs.beside`."""
-        return self.block_beside, self.seam_beside
+        block, seam = (np.interp(rows, self.rows, found) for found in (self.block_beside, self.seam_beside))
+        return float(block), float(seam)
 
     def _at(self, values: Sequence[float], rows: int) -> float:
         """Straight between what was measured, in proportion to the rows beyond."""
@@ -75,41 +86,64 @@ class Profile:
 
 def measure(run: Run, num_layers: int, most_rows: int, most_tokens: int) -> Profile:
     """Runs steps of several sizes, whole and woven. Every rank calls it; each finds its own times."""
-    rows = [n for n in ROWS if n <= most_rows] or [most_rows]
-    whole = {n: _means(run, n, 0, 0) for n in rows}
-    large = rows[-1]
-    deep = min(large, max(rows[0], most_tokens // 4))
+    rows = tuple(n for n in ROWS if n <= most_rows) or (most_rows,)
+    whole = {n: _record(run, n, 0, 0) for n in rows}
+    woven = {n: _record(run, n, 0, n // 2) for n in rows}
+    means = {n: _means(whole[n]) for n in rows}
+    deep = min(rows[-1], max(rows[0], most_tokens // 4))
     before = max(0, min(most_tokens - deep, 3 * deep))
     per_work = 0.0
     if before:
-        further = _means(run, deep, before, 0)["attention"] - _means(run, deep, 0, 0)["attention"]
-        per_work = max(0.0, further) / (deep * before)
-    attention = [whole[n]["attention"] - per_work * n * n / 2 for n in rows]
-    block_beside, seam_beside = _beside(run, large, whole[large])
-    return Profile(
+        near, far = (_means(_record(run, deep, context, 0))["attention"] for context in (0, before))
+        per_work = max(0.0, far - near) / (deep * before)
+    ones, none = (1.0,) * len(rows), (0.0,) * len(rows)
+    found = Profile(
         num_layers=num_layers,
-        rows=tuple(rows),
-        embedding=tuple(whole[n]["embedding"] for n in rows),
-        attention=tuple(max(0.0, a) for a in attention),
-        mlp=tuple(whole[n]["mlp"] for n in rows),
-        seams=tuple(whole[n]["seam"] for n in rows),
+        rows=rows,
+        embedding=tuple(means[n]["embedding"] for n in rows),
+        attention=tuple(max(0.0, means[n]["attention"] - per_work * n * n / 2) for n in rows),
+        mlp=tuple(means[n]["mlp"] for n in rows),
+        seams=tuple(means[n]["seam"] for n in rows),
+        block_beside=ones,
+        seam_beside=ones,
+        outside_whole=none,
+        outside_woven=none,
         per_work=per_work,
-        block_beside=block_beside,
-        seam_beside=seam_beside,
+    )
+    block_beside, seam_beside = zip(*(_beside(woven[n], found, n) for n in rows), strict=True)
+    found = replace(found, block_beside=block_beside, seam_beside=seam_beside)
+    return replace(
+        found,
+        outside_whole=tuple(_total(whole[n]) - predict(found, [Half(n, n / 2)], (0, 0)) for n in rows),
+        outside_woven=tuple(_total(woven[n]) - predict(found, _halves(n), (0, 0)) for n in rows),
     )
 
 
-def _record(run: Run, rows: int, context: int, cut: int) -> list[Span]:
-    recorder = Recorder()
-    run(rows, context, cut, recorder)
-    return recorder.steps[-1]
+def _halves(rows: int) -> list[Half]:
+    """Of a prompt that is cut in its middle."""
+    cut = rows // 2
+    return [Half(cut, cut / 2), Half(rows - cut, (cut + rows) / 2)]
 
 
-def _means(run: Run, rows: int, context: int, cut: int) -> dict[str, float]:
+def _record(run: Run, rows: int, context: int, cut: int) -> list[list[Span]]:
+    """A few such steps."""
+    found = []
+    for _ in range(3 if rows <= 512 else 2):
+        recorder = Recorder()
+        run(rows, context, cut, recorder)
+        found.append(recorder.steps[-1])
+    return found
+
+
+def _total(tries: Sequence[Sequence[Span]]) -> float:
+    """ms of a step."""
+    return median(max(s.end for s in spans) - min(s.start for s in spans) for spans in tries) * 1e3
+
+
+def _means(tries: Sequence[Sequence[Span]]) -> dict[str, float]:
     """ms of a block of each kind and of a seam; of the last layer, that drops rows, nothing."""
     found: dict[str, list[float]] = defaultdict(list)
-    for _ in range(3 if rows <= 512 else 2):
-        spans = _record(run, rows, context, cut)
+    for spans in tries:
         last = max(span.layer for span in spans)
         times: dict[str, dict[Any, float]] = defaultdict(lambda: defaultdict(float))
         for span in spans:  # a block that votes has several
@@ -121,9 +155,10 @@ def _means(run: Run, rows: int, context: int, cut: int) -> dict[str, float]:
     return defaultdict(float, {name: min(values) for name, values in found.items()})
 
 
-def _beside(run: Run, rows: int, alone: Mapping[str, float]) -> tuple[float, float]:
-    """How much longer blocks take while a seam runs, and seams while a block runs."""
-    spans = min((_record(run, rows, 0, rows // 2) for _ in range(2)), key=lambda s: s[-1].end - s[0].start)
+def _beside(tries: Sequence[Sequence[Span]], alone: Profile, rows: int) -> tuple[float, float]:
+    """How much longer blocks take while a seam runs, and seams while a block runs, in such halves."""
+    halves = _halves(rows)
+    spans = min(tries, key=lambda spans: spans[-1].end - spans[0].start)
     inner = [span for span in spans if 0 <= span.layer < max(s.layer for s in spans)]
     blocks = [span for span in inner if span.kind == "block"]
     seams = [span for span in spans if span.kind == "seam"]
@@ -131,44 +166,41 @@ def _beside(run: Run, rows: int, alone: Mapping[str, float]) -> tuple[float, flo
     under = sum(max(0.0, min(b.end, s.end) - max(b.start, s.start)) for b in blocks for s in seams)
     if not took or not under:
         return 1.0, 1.0
-    expected = sum(alone[span.name] / 2 for span in blocks) / 1e3
+    expected = sum(alone.block(cast(Stage, span.name), *halves[span.half], 0) for span in blocks) / 1e3
     block = max(1.0, 1 + (took / expected - 1) * took / under)
-    halves = [span.end - span.start for span in inner if span.kind == "seam"]
-    return min(block, 3.0), min(max(1.0, mean(halves) * 1e3 / (alone["seam"] / 2)), 3.0)
+    seam = mean(
+        (s.end - s.start) * 1e3 / alone.seam(halves[s.half].rows, 0) for s in inner if s.kind == "seam"
+    )
+    return min(block, 3.0), min(max(1.0, seam), 3.0)
 
 
-def probe(run: Run, rows: int) -> float:
-    """ms of a seam of `rows` rows, now. Every rank calls it."""
-    return _means(run, rows, 0, 0)["seam"]
-
-
-def load(key: Mapping[str, Any], now: float, rows: int) -> Profile | None:
-    """The kept profile of `key`, unless a seam of `rows` rows takes another time `now` (ms)."""
+def load(key: Mapping[str, Any], now: float) -> Profile | None:
+    """The kept profile of `key`, unless a seam by itself takes another time `now` (ms) than then."""
     file = _file(key)
     try:
         found = json.loads(file.read_text())
         if found["key"] != key:
             raise ValueError("it is of another set-up")
-        profile = Profile(**found["profile"])
-        said = profile.seam(rows, 0)
+        profile, then = Profile(**found["profile"]), float(found["seam_ms"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the profile %s is of no use (%s): measured anew", file, error)
         return None
-    if not said / STALE <= now <= said * STALE and abs(now - said) > STALE_MS:
-        log.warning("a seam takes %.2f ms, not %.2f as in %s: measured anew", now, said, file)
+    if not then / STALE <= now <= then * STALE and abs(now - then) > STALE_MS:
+        log.warning("a seam takes %.2f ms, not %.2f as in %s: measured anew", now, then, file)
         return None
     return profile
 
 
-def save(key: Mapping[str, Any], profile: Profile) -> None:
-    """Keeps a profile; without a place to keep it, it is measured again next time."""
+def save(key: Mapping[str, Any], profile: Profile, now: float) -> None:
+    """Keeps a profile, and what a seam takes now; without a place it is measured again next time."""
     file = _file(key)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps({"key": dict(key), "profile": asdict(profile)}, indent=1) + "\n")
+        whole = {"key": dict(key), "seam_ms": now, "profile": asdict(profile)}
+        new.write_text(json.dumps(whole, indent=1) + "\n")
         new.replace(file)
     except OSError as error:
         log.warning("the profile is not kept: %s", error)

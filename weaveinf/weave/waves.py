@@ -102,7 +102,7 @@ class GpuCosts:
         few = link / 2 + own / self._tp / (FITTED["cta"] * seam_ctas) if seam_ctas else 0.0
         return (3 * FITTED["gap_us"] + max(link, few)) / 1e3
 
-    def outside(self, rows: int) -> float:
+    def outside(self, rows: int, halves: int = 1) -> float:
         """See `Costs.outside`."""
         return (FITTED["outside_us"] + FITTED["outside_us_per_row"] * rows) / 1e3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,11 @@ from weaveinf.weave.timeline import Recorder
 if TYPE_CHECKING:
     from weaveinf.models.layers import Model
 
-_PROBE_ROWS = 128
+_PROBE_ROWS = 1024
+
+
+def nothing(x: Tensor | None, batch: Batch, out: Tensor) -> None:
+    """A block that leaves the seam whatever its buffer holds."""
 
 
 class Weaver:
@@ -110,15 +115,23 @@ class Weaver:
     def _profile(self) -> profile.Profile | None:
         """Rank 0 decides whether its kept profile holds; where it does not, all measure together. The
         others need none: plans travel with the steps."""
-        ranks, rows = self._ranks, min(_PROBE_ROWS, self._most)
-        probe = profile.probe(self.rehearse, rows)
-        kept = profile.load(self._key(), probe, rows) if ranks.rank == 0 else None
+        ranks, now = self._ranks, self._seam_ms()
+        kept = profile.load(self._key(), now) if ranks.rank == 0 else None
         if ranks.agree("kept" if kept is not None else "")[0]:
             return kept
         found = profile.measure(self.rehearse, self._config.num_layers, self._most, self._tokens)
         if ranks.rank == 0:
-            profile.save(self._key(), found)
+            profile.save(self._key(), found, now)
         return found
+
+    def _seam_ms(self) -> float:
+        """What a seam takes now, with nothing beside it; every rank calls it."""
+        recorder = Recorder()
+        recorder.begin(0)
+        links = recorder.chain([(nothing, joint) for _, joint in self._model.chain[:5]])
+        batch = self.rehearsal(min(_PROBE_ROWS, self._most), 0)
+        run(links, [batch], recorder.seams([self.seam]), self._ranks.votes)
+        return median((span.end - span.start) * 1e3 for span in recorder.steps[0] if span.kind == "seam")
 
     def _key(self) -> dict[str, Any]:
         """All that a profile depends on, but for the speed of the network."""
