@@ -10,6 +10,7 @@ are latency: each rank sends all of them to all, and computes all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,25 @@ _CHUNK_BYTES = 256 * 1024
 _FEW_BYTES = 64 * 1024
 """What a rank may send in all for its rows to count as few."""
 
+_KEPT = 32  # row counts whose chunks are remembered
+
 _Works = list[tuple[int | None, dist.Work]]
+
+
+class _Chunk(NamedTuple):
+    """Views of the seam's memory for a chunk of every rank's share; lists by rank, empty for what stays.
+
+    own: its rows in this rank's residual. partials go to the ranks whose shares they are; inbox comes from
+    them; sums: what is added up, in rank order; x: the result, which goes out as `mine`; others: theirs.
+    """
+
+    own: slice
+    partials: list[Tensor]
+    inbox: list[Tensor]
+    sums: list[Tensor]
+    x: Tensor
+    mine: list[Tensor]
+    others: list[Tensor]
 
 
 class CollectiveSeam:
@@ -52,6 +71,7 @@ class CollectiveSeam:
         self._partial, self._x = rows(max_rows), rows(max_rows)
         self._residual, self._spare = rows(most), rows(most)
         self._inbox = rows(size * most).view(size, most, hidden)
+        self._chunks: dict[int, list[_Chunk]] = {}
         self._rows = 0
         self._job: Job | None = None
         self.ran = 0.0, 0.0
@@ -116,38 +136,46 @@ class CollectiveSeam:
     def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Iterator[None]:
         if kept is not None:
             yield from self._move(kept, before, rows)
-        shares, me = self._shares(rows), self._ranks.rank
-        first, last = shares[me]
-        longest = max(b - a for a, b in shares)
-        starts = range(0, longest, self._chunk)
-
-        def chunk(at: int, span: tuple[int, int]) -> slice:
-            return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
-
-        sums = [
-            self._exchange(
-                self._to_peers([self._partial[chunk(at, span)] for span in shares]),
-                self._to_peers([self._inbox[r][chunk(at, (0, last - first))] for r in range(len(shares))]),
-                self._tag + 1,
-            )
-            for at in starts
-        ]
+        if rows not in self._chunks:
+            if len(self._chunks) >= _KEPT:
+                self._chunks.clear()
+            self._chunks[rows] = self._cut(rows)
+        chunks = self._chunks[rows]
+        sums = [self._exchange(chunk.partials, chunk.inbox, self._tag + 1) for chunk in chunks]
         back: _Works = []
-        for at, works in zip(starts, sums, strict=True):
+        for chunk, works in zip(chunks, sums, strict=True):
             yield
             self._wait(works)
-            mine, own = chunk(at, (first, last)), chunk(at, (0, last - first))
-            parts = [self._inbox[r][own] for r in range(len(shares))]
-            parts[me] = self._partial[mine]
-            self._add_and_norm(joint, parts, own, self._x[mine])
+            self._add_and_norm(joint, chunk.sums, chunk.own, chunk.x)
             if rows > self._few:
-                back += self._exchange(
-                    self._to_peers([self._x[mine]] * len(shares)),
-                    self._to_peers([self._x[chunk(at, span)] for span in shares]),
-                    self._tag + 2,
-                )
+                back += self._exchange(chunk.mine, chunk.others, self._tag + 2)
         yield
         self._wait(back)
+
+    def _cut(self, rows: int) -> list[_Chunk]:
+        shares, me = self._shares(rows), self._ranks.rank
+        first, last = shares[me]
+
+        def part(at: int, span: tuple[int, int]) -> slice:
+            return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
+
+        chunks = []
+        for at in range(0, max(b - a for a, b in shares), self._chunk):
+            mine, own = part(at, (first, last)), part(at, (0, last - first))
+            sums = [self._inbox[r][own] for r in range(len(shares))]
+            x = self._x[mine]
+            chunks.append(
+                _Chunk(
+                    own=own,
+                    partials=self._to_peers([self._partial[part(at, span)] for span in shares]),
+                    inbox=self._to_peers(sums),
+                    sums=[*sums[:me], self._partial[mine], *sums[me + 1 :]],
+                    x=x,
+                    mine=self._to_peers([x] * len(shares)),
+                    others=self._to_peers([self._x[part(at, span)] for span in shares]),
+                )
+            )
+        return chunks
 
     def _add_and_norm(self, joint: Joint, parts: Sequence[Tensor], own: slice, x: Tensor) -> None:
         """Rows `own` of the residual, and x of them."""
