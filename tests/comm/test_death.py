@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,23 @@ def in_seam(ranks: Ranks) -> Callable[[], object]:
     def step() -> None:
         seam.start(joint)
         seam.finish()
+
+    return step
+
+
+def in_halves(ranks: Ranks) -> Callable[[], object]:
+    """Two seams are under way at once, as in a woven step."""
+    seams = [make_seam(ranks, 64, 32, torch.bfloat16) for _ in range(2)]
+    joint = Joint(torch.ones(32), 1e-5)
+    for seam in seams:
+        seam.open(64)
+        seam.partial().zero_()
+
+    def step() -> None:
+        for seam in seams:
+            seam.start(joint)
+        for seam in seams:
+            seam.finish()
 
     return step
 
@@ -90,7 +108,8 @@ def die(
                 step()
         except RankDied as error:
             words = f"{time.monotonic()} {error.rank}"
-        Path(folder, f"seen {ranks.rank}").write_text(words)
+    waiting = sum(thread.name == "weaveinf-seams" for thread in threading.enumerate())
+    Path(folder, f"seen {ranks.rank}").write_text(f"{words} {waiting}")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +121,8 @@ def die(
         (in_channel, 2, False),
         (in_full_channel, 1, False),
         (in_seam, 1, True),
+        (in_halves, 1, False),
+        (in_halves, 0, True),
         (in_channel, 0, True),
     ],
 )
@@ -120,9 +141,9 @@ def test_a_killed_rank_is_noticed(
         mine.stop()
     killed = float((tmp_path / "killed").read_text())
     for rank in set(range(size)) - {victim}:
-        seen, who = (tmp_path / f"seen {rank}").read_text().split()
+        seen, who, waiting = (tmp_path / f"seen {rank}").read_text().split()
         assert float(seen) - killed < NOTICED_S
-        assert who == str(victim)
+        assert who == str(victim) and waiting == "0"
     left = {n for n in set(os.listdir(SHM)) - before if n.startswith("weaveinf-")}
     deadline = time.monotonic() + 5  # another run's segments have names for a moment
     while left and time.monotonic() < deadline:
