@@ -146,7 +146,7 @@ def test_a_killed_rank_is_noticed(rows: int, tmp_path: Path) -> None:
         mine.stop()
     killed = float((tmp_path / "killed").read_text())
     for rank, who in ((0, "23"), (1, "23"), (2, "3")):  # from afar, who broke the connection is named
-        seen, named = (tmp_path / f"seen {rank}").read_text().split()
+        seen, named, _ = (tmp_path / f"seen {rank}").read_text().split()
         assert float(seen) - killed < NOTICED_S
         assert named in who
 
