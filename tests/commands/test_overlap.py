@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,12 @@ def test_overlap_between_two_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [cell["rows"] for cell in found["decode"]] == [2, 32]
     assert "2 decode rows" in said and "64 tokens: plain" in said and "hidden" in said
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_overlap_on_one_host_as_the_readme_says(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", "llama")
+    argv = [sys.executable, "-m", "weaveinf", "bench", "overlap", str(tmp_path / "model"), "--tp", "2"]
+    argv += ["--tokens", "64", "100", "--decode", "64", "--pairs", "2"]  # so many rows share their products
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "64 tokens: plain" in done.stdout and "64 decode rows: whole" in done.stdout

@@ -100,8 +100,7 @@ class Overlap:
     def cell(self, tokens: int, pairs: int) -> dict[str, Any]:
         """Medians over `pairs` rounds of all variants of a prompt of `tokens` tokens."""
         weaver, batch = self.weaver, self.weaver.rehearsal(tokens, 0)
-        work = tokens * (tokens + 1) / 2
-        cut, why, whole, woven = self._plan(tokens, work, work / 4)
+        cut, why, whole, woven = self._plan(tokens, *_work(tokens))
         variants: dict[str, Callable[[], Tensor]] = {
             "whole": lambda: weaver.run(batch, 0),
             "woven": lambda: weaver.run(batch, cut),
@@ -139,7 +138,8 @@ class Overlap:
         planner says of its best cut."""
         batch, work = self.weaver.rehearsal(rows, context, decode=True), float(rows * (context + 1))
         _, why, whole, woven = self._plan(rows, work, work / 2)
-        variants = {str(cut): partial(self.weaver.run, batch, cut) for cut in (0, rows // 2)}
+        middle = rows // 2 if len(self.weaver.seams) > 1 else 0  # where nothing is ever woven, nothing is cut
+        variants = {str(cut): partial(self.weaver.run, batch, cut) for cut in (0, middle)}
         ms = list(self._times(variants, pairs).values())
         gains = {"gain": ms[0] / ms[-1], "predicted_gain": whole / woven if woven else 1.0}
         return {"rows": rows, "context": context, "plain_ms": ms[0], "woven_ms": ms[-1], **gains, "why": why}
@@ -161,8 +161,7 @@ class Overlap:
     def recorded(self, tokens: int) -> Recorder:
         """A step of `tokens` tokens as it is planned, recorded."""
         recorder = Recorder()
-        work = tokens * (tokens + 1) / 2
-        cut = self._plan(tokens, work, work / 4)[0]
+        cut = self._plan(tokens, *_work(tokens))[0]
         self.meet()
         self.weaver.rehearse(tokens, 0, cut, recorder)
         return recorder
@@ -189,6 +188,12 @@ class Overlap:
     def meet(self) -> None:
         """Waits for all ranks."""
         self._ranks.votes.sum(torch.zeros(1))
+
+
+def _work(tokens: int) -> tuple[float, float]:
+    """Cached tokens that a prompt's rows read together, and that its first half does."""
+    work = tokens * (tokens + 1) / 2
+    return work, work / 4
 
 
 def _sent() -> int:
