@@ -19,7 +19,7 @@ from weaveinf.engine.step import Step
 from weaveinf.engine.tokenizer import FILES, TextTokenizer, load_tokenizer
 
 
-@dataclass
+@dataclass(slots=True)
 class Update:
     """What a step brought one sequence: tokens, the text that may be shown now, its end."""
 
@@ -29,7 +29,7 @@ class Update:
     finished: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sequence:
     request: Request
     stream: TextStream | None

@@ -42,8 +42,9 @@ class Prefixes:
 
     def publish(self, request: Request) -> None:
         """Offers the pages whose tokens are known and whose steps are scheduled."""
-        full = min(request.num_computed, request.num_known) // self._blocks.block_size
-        if full > request.num_published:
+        size = self._blocks.block_size
+        if request.num_computed >= (request.num_published + 1) * size:  # spares most decode steps the rest
+            full = min(request.num_computed, request.num_known) // size
             hashes = self._hashes(request, full)
             for i in range(request.num_published, full):
                 self._blocks.publish(request.blocks[i], hashes[i])

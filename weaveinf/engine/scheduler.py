@@ -21,7 +21,7 @@ import numpy as np
 from weaveinf.cache.blocks import BlockAllocator, legal_cut
 from weaveinf.engine.prefix import Prefixes
 from weaveinf.engine.request import Request, TokenLogprob
-from weaveinf.engine.step import Admission, SampledLogprobs, Step, StepOutput
+from weaveinf.engine.step import PER_SEQUENCE, Admission, SampledLogprobs, Step, StepOutput
 
 
 class _Run(NamedTuple):
@@ -281,7 +281,7 @@ class Scheduler:
     # Describing a step, and what comes of it
 
     def _describe(self, runs: list[_Run], admissions: list[Admission]) -> Step:
-        rows: list[tuple[int, ...]] = []
+        rows: list[int] = []  # one sequence's PER_SEQUENCE after another's
         tokens: list[int] = []
         pages: list[int] = []
         targets: list[int] = []
@@ -292,13 +292,14 @@ class Scheduler:
             refers = start >= known
             if not refers:
                 tokens += request.tokens(start, end)
-            pages += new_pages
+            if new_pages:
+                pages += new_pages
             wanted = 0
             if request.prompt_logprobs is not None and start < prompt and outputs == 0:
                 wanted = end - start
                 targets += request.prompt_token_ids[start + 1 : end + 1]
                 targets += [-1] * (end == prompt)
-                flight.prompt_rows.append((len(rows), request, start))
+                flight.prompt_rows.append((len(rows) // len(PER_SEQUENCE), request, start))
             position = -1
             if end == known + request.in_flight:
                 position = outputs + request.in_flight
@@ -306,12 +307,12 @@ class Scheduler:
                 flight.sampled.append(request)
             logits = wanted or int(position >= 0)
             counts = (end - start, prompt, logits, wanted, len(new_pages))
-            rows.append((request.slot, start, *counts, position, refers))
+            rows += (request.slot, start, *counts, position, refers)
             request.num_computed = end
         self._flights.append(flight)
         self._number += 1
-        table = np.array([*zip(*rows, strict=True)], np.int32)
-        columns: list[Any] = [*table[:-1], table[-1] > 0]  # in the order of PER_SEQUENCE
+        table = np.fromiter(rows, np.int32, len(rows)).reshape(len(runs), -1).T.copy()
+        columns: list[Any] = [*table[:-1], table[-1] > 0]
         flat = [np.array(ids, np.int64) for ids in (tokens, pages, targets)]
         return Step(flight.number, admissions, *columns, *flat)
 
