@@ -10,7 +10,7 @@ import pytest
 from weaveinf.weave import profile
 from weaveinf.weave.plan import Half, Planner, play
 from weaveinf.weave.profile import Profile
-from weaveinf.weave.timeline import Recorder, Span
+from weaveinf.weave.timeline import Span
 
 TRUE = Profile(
     num_layers=4,
@@ -27,12 +27,12 @@ TRUE = Profile(
 )
 
 
-def as_played(rows: int, context: int, cut: int, recorder: Recorder) -> None:
+def as_played(rows: int, context: int, cut: int) -> list[Span]:
     """A step that takes exactly what TRUE says."""
     halves = [Half(rows, context + rows / 2)]
     if cut:
         halves = [Half(cut, cut / 2), Half(rows - cut, (cut + rows) / 2)]
-    recorder.begin(0)
+    spans = []
     counts = {h: {"block": -1, "seam": -1} for h in range(2)}
     for span in play(TRUE, halves, (0, 0), TRUE.num_layers):
         kind = "seam" if span.what == "seam" else "block"
@@ -40,7 +40,8 @@ def as_played(rows: int, context: int, cut: int, recorder: Recorder) -> None:
         at = counts[span.half][kind]
         name = "embedding" if at == 0 else ("attention", "mlp")[(at - 1) % 2]
         layer = (at - 1) // 2 if at else -1
-        recorder.steps[-1].append(Span(0, span.half, kind, name, layer, span.start / 1e3, span.end / 1e3))
+        spans.append(Span(0, span.half, kind, name, layer, span.start / 1e3, span.end / 1e3))
+    return spans
 
 
 def test_measuring_finds_the_costs() -> None:

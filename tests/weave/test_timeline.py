@@ -25,7 +25,7 @@ def recorded(tmp_path: Path) -> Recorder:
     ranks = Lockstep(tmp_path)
     alone = Ranks.single(torch.device("cpu"))
     seams: list[Seam] = [LocalSeam(32, ranks.config.hidden_size, ranks.dtype, alone.device) for _ in range(2)]
-    recorder = Recorder()
+    recorder = Recorder(torch.device("cpu"))
     recorder.begin(7)
     with torch.inference_mode():
         halves = ranks.batch([(0, list(range(1, 20)), 1)]).split(8)
@@ -47,7 +47,7 @@ def test_every_block_and_seam_of_either_half_is_there_in_order(recorded: Recorde
 def test_a_block_that_votes_is_a_span_for_each_part(tmp_path: Path) -> None:
     alone, joint = Ranks.single(torch.device("cpu")), Joint(torch.ones(8), 1e-5)
     seams: list[Seam] = [LocalSeam(9, 8, torch.float32, alone.device) for _ in range(2)]
-    recorder = Recorder()
+    recorder = Recorder(torch.device("cpu"))
     recorder.begin(0)
     chain = recorder.chain([(asks_twice([]), joint)] * 3)
     run(chain, nine_rows().split(4), recorder.seams(seams), alone.votes)

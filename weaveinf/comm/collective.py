@@ -10,7 +10,7 @@ are latency: each rank sends all of them to all, and computes all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,7 @@ class CollectiveSeam:
         self._chunks: dict[int, list[_Chunk]] = {}
         self._rows = 0
         self._job: Job | None = None
-        self.ran = 0.0, 0.0
+        self.ran: tuple[Any, Any] = 0.0, 0.0
 
     def open(self, rows: int) -> None:
         """See `Seam.open`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -39,8 +39,9 @@ class Seam(Protocol):
     fused: bool
     """Whether sum, add and norm are one kernel over the ranks' memory, with nothing to wait for a network."""
 
-    ran: tuple[float, float]
-    """When the latest start's work began and ended, in seconds of the monotonic clock; valid after finish."""
+    ran: tuple[Any, Any]
+    """When the latest start's work began and ended, in seconds of the monotonic clock, or two CUDA events;
+    valid after finish."""
 
     def open(self, rows: int) -> None:
         """Begins a pass of `rows` rows, the residual zero. ValueError beyond the seam's size."""

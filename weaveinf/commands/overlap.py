@@ -160,11 +160,9 @@ class Overlap:
     @torch.inference_mode()
     def recorded(self, tokens: int) -> Recorder:
         """A step of `tokens` tokens as it is planned, recorded."""
-        recorder = Recorder()
         cut = self._plan(tokens, *_work(tokens))[0]
         self.meet()
-        self.weaver.rehearse(tokens, 0, cut, recorder)
-        return recorder
+        return self.weaver.rehearse(tokens, 0, cut)
 
     def _plan(self, rows: int, work: float, first_work: float) -> tuple[int, str, float, float]:
         """Rank 0's cut, on all ranks; why it is so; what it predicts, whole and woven (ms, rank 0 only)."""

@@ -90,7 +90,7 @@ class Worker:
                 votes=ranks.votes,
             )
         if config.trace is not None:
-            self.weaver.recorder = Recorder()
+            self.weaver.recorder = Recorder(ranks.device)
         self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
         self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
         self._iota = np.arange(config.max_num_seqs + 1, dtype=np.int32)

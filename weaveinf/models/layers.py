@@ -61,6 +61,10 @@ class Scratch:
             self._flat[name] = flat = torch.empty(count * width, dtype=dtype, device=device)
         return flat[: count * width].view(count, width)
 
+    def memory(self) -> list[Tensor]:
+        """All that it has handed out last: who holds it may go on to use it when more is needed elsewhere."""
+        return list(self._flat.values())
+
 
 class Share:
     """The part of every layer that one rank of `size` owns."""
@@ -356,6 +360,7 @@ class Model:
         chain: (block, joint) pairs; the joint is the norm that follows the block.
         head: rows [rows, hidden] of the last seam -> float32 [rows, vocab_shard].
         vocab_start, vocab_shard: this rank's token ids are the range of that start and length.
+        scratch: what all blocks share.
         closing: the weights of products that are all of a block's partial sums, without a bias.
         pool_specs: the pools "key" and "value" that `bind` wants.
     """
@@ -379,6 +384,7 @@ class Model:
         own = not config.tie_word_embeddings or parts.weights.has("lm_head.weight")
         self.head = Head(parts, "lm_head.weight" if own else "model.embed_tokens.weight")
         self.closing = parts.closing
+        self.scratch = parts.scratch
         self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
         shape = (len(share.kv_heads), config.head_dim)
         self.pool_specs = [

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from weaveinf.weave.plan import Half, Stage, predict
-from weaveinf.weave.timeline import Recorder, Span
+from weaveinf.weave.timeline import Span
 
 log = logging.getLogger("weaveinf")
 
@@ -25,8 +25,8 @@ ROWS = (8, 32, 128, 256, 512, 1024, 2048, 4096)
 STALE, STALE_MS = 1.6, 0.5
 """A kept profile holds while a seam takes what it says, within this factor or this time."""
 
-Run = Callable[[int, int, int, Recorder], None]
-"""(rows, context before them, cut, recorder): every rank runs such a step, and records it."""
+Run = Callable[[int, int, int], list[Span]]
+"""(rows, context before them, cut): every rank runs such a step; what was recorded of it."""
 
 
 @dataclass
@@ -129,9 +129,7 @@ def _record(run: Run, rows: int, context: int, cut: int) -> list[list[Span]]:
     """A few such steps."""
     found = []
     for _ in range(3 if rows <= 512 else 2):
-        recorder = Recorder()
-        run(rows, context, cut, recorder)
-        found.append(recorder.steps[-1])
+        found.append(run(rows, context, cut))
     return found
 
 

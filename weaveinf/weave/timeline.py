@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from weaveinf.comm.ranks import Ranks
@@ -24,7 +25,7 @@ KEPT_STEPS = 16
 
 
 class Span(NamedTuple):
-    """Something of a half of a step; seconds of the monotonic clock.
+    """Something of a half of a step; seconds of the monotonic clock (CUDA events until `Recorder.read`).
 
     kind: "block", "seam" or "wait" (for a seam to end). layer: -1 for the embedding.
     """
@@ -39,10 +40,16 @@ class Span(NamedTuple):
 
 
 class Recorder:
-    """Keeps the spans of the latest steps of one rank."""
+    """Keeps the spans of the latest steps of one rank; on CUDA, as the device came to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.steps: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
+        self._origin: Any = None
+        self._host_origin = 0.0
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self._host_origin = time.monotonic()
+            self._origin = _mark()
         self._half = 0
         self._at = ("embedding", -1)
         self._number = 0
@@ -52,7 +59,26 @@ class Recorder:
         self._number = number
         self.steps.append([])
 
-    def add(self, kind: str, start: float, end: float) -> None:
+    def now(self) -> Any:
+        """The moment, or where the current stream has come to."""
+        return time.monotonic() if self._origin is None else _mark()
+
+    def read(self) -> list[list[Span]]:
+        """The kept steps, in seconds; waits for the device."""
+        if self._origin is None:
+            return list(self.steps)
+        torch.cuda.synchronize()
+
+        def seconds(at: Any) -> float:
+            if isinstance(at, float):
+                return at
+            return self._host_origin + float(self._origin.elapsed_time(at)) / 1e3
+
+        return [
+            [s._replace(start=seconds(s.start), end=seconds(s.end)) for s in spans] for spans in self.steps
+        ]
+
+    def add(self, kind: str, start: Any, end: Any) -> None:
         name, layer = self._at
         self.steps[-1].append(Span(self._number, self._half, kind, name, layer, start, end))
 
@@ -73,11 +99,11 @@ class Recorder:
     def _block(self, block: Block, at: tuple[str, int]) -> Block:
         def recorded(x: Tensor | None, batch: Any, out: Tensor) -> Any:
             self._at = at
-            began = time.monotonic()
+            began = self.now()
             result = block(x, batch, out)
             if isinstance(result, Generator):
                 return self._voting(result, at, self._half)
-            self.add("block", began, time.monotonic())
+            self.add("block", began, self.now())
             return result
 
         return recorded
@@ -89,13 +115,13 @@ class Recorder:
         total: Any = None
         while True:
             self._at, self._half = at, half
-            began = time.monotonic()
+            began = self.now()
             try:
                 ballot = block.send(total)
             except StopIteration as end:
                 return end.value
             finally:
-                self.add("block", began, time.monotonic())
+                self.add("block", began, self.now())
             total = yield ballot
 
 
@@ -119,15 +145,21 @@ class RecordedSeam:
 
     def finish(self) -> Tensor:
         recorder = self._recorder
-        began = time.monotonic()
+        began = recorder.now()
         x = self._seam.finish()
-        ended = time.monotonic()
+        ended = recorder.now()
         recorder.enter(self._half)
         recorder._at = self._of
         recorder.add("wait", began, ended)
         self.ran = self._seam.ran
         recorder.add("seam", *self.ran)
         return x
+
+
+def _mark() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def summary(spans: Iterable[Span]) -> str:
@@ -144,7 +176,7 @@ def summary(spans: Iterable[Span]) -> str:
 
 def collect(recorder: Recorder, ranks: Ranks) -> dict[int, list[Span]]:
     """The kept spans of all ranks, on every rank; every rank calls it."""
-    mine = json.dumps([span for step in recorder.steps for span in step])
+    mine = json.dumps([span for step in recorder.read() for span in step])
     return {rank: [Span(*span) for span in json.loads(said)] for rank, said in enumerate(ranks.agree(mine))}
 
 

@@ -21,9 +21,10 @@ from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.models.config import ModelConfig
 from weaveinf.ops import native
 from weaveinf.weave import profile
+from weaveinf.weave.graphs import Graphs, is_decode
 from weaveinf.weave.plan import Planner, cuts
 from weaveinf.weave.run import run
-from weaveinf.weave.timeline import Recorder
+from weaveinf.weave.timeline import Recorder, Span
 
 if TYPE_CHECKING:
     from weaveinf.models.layers import Model
@@ -56,6 +57,9 @@ class Weaver:
         self.seam = self.seams[0]
         self.recorder: Recorder | None = None
         self.planner: Planner | None = None
+        self._graphs: Graphs | None = None
+        if not self._on_cpu and model_config.experts is None:
+            self._graphs = Graphs(self._run, model.scratch.memory, self._most, ranks.device)
         self.why = self._objection(config)
         if not self.why:
             self.seams.append(self._seam())
@@ -79,8 +83,13 @@ class Weaver:
     def run(self, batch: Batch, cut: int) -> Tensor:
         """The batch's wanted rows, normalised: [logit rows, hidden]. cut: rows of the first half, or 0."""
         halves: Sequence[Batch] = batch.split(cut) if cut else (batch,)
+        if self._graphs is not None and self.recorder is None and is_decode(halves):
+            return self._graphs.run(halves)
         if not self._on_cpu:
             halves = [half.to(self._ranks.device) for half in halves]
+        return self._run(halves)
+
+    def _run(self, halves: Sequence[Batch]) -> Tensor:
         chain, seams, recorder = self._model.chain, self.seams, self.recorder
         if recorder is not None:
             chain, seams = recorder.chain(chain), recorder.seams(seams)
@@ -119,19 +128,19 @@ class Weaver:
         kept = profile.load(self._key(), now) if ranks.rank == 0 else None
         if ranks.agree("kept" if kept is not None else "")[0]:
             return kept
-        found = profile.measure(self.rehearse, self._config.num_layers, self._most, self._tokens)
+        found = profile.measure(self._spans, self._config.num_layers, self._most, self._tokens)
         if ranks.rank == 0:
             profile.save(self._key(), found, now)
         return found
 
     def _seam_ms(self) -> float:
         """What a seam takes now, with nothing beside it; every rank calls it."""
-        recorder = Recorder()
+        recorder = Recorder(self._ranks.device)
         recorder.begin(0)
         links = recorder.chain([(nothing, joint) for _, joint in self._model.chain[:5]])
         batch = self.rehearsal(min(_PROBE_ROWS, self._most), 0)
         run(links, [batch], recorder.seams([self.seam]), self._ranks.votes)
-        return median((span.end - span.start) * 1e3 for span in recorder.steps[0] if span.kind == "seam")
+        return median((span.end - span.start) * 1e3 for span in recorder.read()[0] if span.kind == "seam")
 
     def _key(self) -> dict[str, Any]:
         """All that a profile depends on, but for the speed of the network."""
@@ -168,9 +177,13 @@ class Weaver:
             logit_rows=torch.tensor([rows - 1]),
         )
 
-    def rehearse(self, rows: int, context: int, cut: int, recorder: Recorder) -> None:
+    def rehearse(self, rows: int, context: int, cut: int) -> Recorder:
         """Runs and records a step of such tokens."""
-        self.recorder = recorder
+        self.recorder = recorder = Recorder(self._ranks.device)
         recorder.begin(0)
         self.run(self.rehearsal(rows, context), cut)
         self.recorder = None
+        return recorder
+
+    def _spans(self, rows: int, context: int, cut: int) -> list[Span]:
+        return self.rehearse(rows, context, cut).read()[0]

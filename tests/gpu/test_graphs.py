@@ -1,0 +1,30 @@
+"""Decode steps replayed as CUDA graphs give what they give without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.harness import make_checkpoint
+from weaveinf import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def test_replayed_tokens_are_those_of_eager_steps(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    prompts = [list(range(1, 8 + 3 * i)) for i in range(11)]
+    params = [SamplingParams(temperature=0, max_tokens=4 + 5 * i, ignore_eos=True) for i in range(11)]
+    answers = []
+    for replay in (True, False):
+        with LLM(str(tmp_path), device="cuda", dtype="float32", show_progress=False) as llm:
+            weaver = llm.engine.executor.worker.weaver
+            graphs = weaver._graphs
+            assert graphs is not None
+            if not replay:
+                weaver._graphs = None
+            answers.append([out.token_ids for out in llm.generate(prompts, params, show_progress=False)])
+            assert bool(graphs._kept) == replay
+    assert answers[0] == answers[1]
