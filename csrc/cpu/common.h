@@ -88,17 +88,42 @@ INLINE vf load_floats(const bf16* p) {
   return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16);
 }
 
-INLINE void store_floats(float* p, vf v) { store(p, v); }
-INLINE void store_floats(bf16* p, vf v) {
+// The float32 bits of v rounded to bfloat16, to nearest even; a NaN stays one.
+INLINE vu round_bits(vf v) {
   vu bits = (vu)v;
-  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = v != v ? vu{} + 0x7fc0 : rounded;
-  store(p, __builtin_convertvector(rounded, vh));
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  return v != v ? vu{} + 0x7fc00000u : rounded;
 }
+
+INLINE void store_floats(float* p, vf v) { store(p, v); }
+INLINE void store_floats(bf16* p, vf v) { store(p, __builtin_convertvector(round_bits(v) >> 16, vh)); }
 
 // The even and the odd elements of 2 * LANES bfloat16 values: two integer operations, no shuffle.
 INLINE vf even(vu pairs) { return (vf)(pairs << 16); }
 INLINE vf odd(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+
+// 2 * LANES elements for what treats all alike: of bfloat16 the even and the odd ones.
+struct Two {
+  vf a, b;
+};
+
+INLINE Two load_two(const float* p) { return {load<vf>(p), load<vf>(p + LANES)}; }
+INLINE Two load_two(const bf16* p) {
+  const vu pairs = load<vu>(p);
+  return {even(pairs), odd(pairs)};
+}
+
+// Stores them rounded; what was stored.
+INLINE Two store_two(float* p, Two v) {
+  store(p, v.a);
+  store(p + LANES, v.b);
+  return v;
+}
+INLINE Two store_two(bf16* p, Two v) {
+  const vu a = round_bits(v.a), b = round_bits(v.b);
+  store(p, a >> 16 | b);
+  return {(vf)a, (vf)b};
+}
 
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 

@@ -24,26 +24,35 @@ INLINE void along(index_t width, V&& vector, S&& scalar) {
   for (; i < width; ++i) scalar(i);
 }
 
-template <class T>
-INLINE void normalise(const T* x, const T* weight, index_t dim, float eps, float offset, T* out) {
-  vf squares{};
+// The same, by two vectors.
+template <class V, class S>
+INLINE void along_two(index_t width, V&& vectors, S&& scalar) {
+  index_t i = 0;
+  for (; i + 2 * LANES <= width; i += 2 * LANES) vectors(i);
+  for (; i < width; ++i) scalar(i);
+}
+
+// The sum of a row's squares, in a fixed order.
+struct Squares {
+  vf a{}, b{};
   float rest = 0;
-  along(
+
+  INLINE void add(Two v) { a += v.a * v.a, b += v.b * v.b; }
+  INLINE void add(float v) { rest += v * v; }
+  INLINE float total() const { return sum(a + b) + rest; }
+};
+
+// out = x / rms(x) * (weight + offset), for the row's sum of squares.
+template <class T>
+INLINE void normalise(const T* x, const T* weight, index_t dim, float squares, float eps, float offset, T* out) {
+  const float factor = 1.0f / std::sqrt(squares / float(dim) + eps);
+  along_two(
       dim,
       [&](index_t i) {
-        vf v = load_floats(x + i);
-        squares += v * v;
+        const Two v = load_two(x + i), w = load_two(weight + i);
+        store_two(out + i, {v.a * factor * (w.a + offset), v.b * factor * (w.b + offset)});
       },
-      [&](index_t i) { rest += to_float(x[i]) * to_float(x[i]); });
-  const float factor = 1.0f / std::sqrt((sum(squares) + rest) / float(dim) + eps);
-  along(
-      dim,
-      [&](index_t i) {
-        store_floats(out + i, load_floats(x + i) * factor * (load_floats(weight + i) + offset));
-      },
-      [&](index_t i) {
-        from_float(to_float(x[i]) * factor * (to_float(weight[i]) + offset), out + i);
-      });
+      [&](index_t i) { from_float(to_float(x[i]) * factor * (to_float(weight[i]) + offset), out + i); });
 }
 
 template <class T>
@@ -51,40 +60,53 @@ void rms_norm(const T* x, index_t row_stride, index_t head_stride, const T* weig
               index_t out_row, index_t out_head, index_t rows, index_t heads, index_t dim, float eps,
               float offset, index_t threads) {
   for_rows(rows, heads * dim, threads, [&](index_t r) {
-    for (index_t h = 0; h < heads; ++h)
-      normalise(x + r * row_stride + h * head_stride, weight, dim, eps, offset,
-                out + r * out_row + h * out_head);
+    for (index_t h = 0; h < heads; ++h) {
+      const T* row = x + r * row_stride + h * head_stride;
+      Squares squares;
+      along_two(
+          dim, [&](index_t i) { squares.add(load_two(row + i)); },
+          [&](index_t i) { squares.add(to_float(row[i])); });
+      normalise(row, weight, dim, squares.total(), eps, offset, out + r * out_row + h * out_head);
+    }
   });
 }
 
 // x * scale, rounded: the compiler must not fuse it with the addition that follows, since all seams are to
 // have the same residual to the bit.
-INLINE vf scaled(vf x, float scale) {
-  vf y = x * scale;
-  if (scale != 1.0f) asm("" : "+m"(y));
+template <bool SCALED, class F>
+INLINE F scaled(F x, float scale) {
+  if constexpr (!SCALED) return x;
+  F y = x * scale;
+  asm("" : "+m"(y));
   return y;
 }
 
-template <class T>
-void add_rms_norm(const void* const* partials, index_t count, T* residual, const T* weight, T* out,
-                  index_t rows, index_t dim, float eps, float offset, float scale, index_t threads) {
+template <bool SCALED, class T>
+void add_rms_norm(const T* const* partials, index_t count, T* residual, const T* weight, T* out, index_t rows,
+                  index_t dim, float eps, float offset, float scale, index_t threads) {
   for_rows(rows, count * dim, threads, [&](index_t r) {
-    T* kept = residual + r * dim;
-    along(
+    const index_t at = r * dim;
+    T* kept = residual + at;
+    Squares squares;
+    along_two(
         dim,
         [&](index_t i) {
-          vf total = load_floats(static_cast<const T*>(partials[0]) + r * dim + i);
-          for (index_t p = 1; p < count; ++p)
-            total += load_floats(static_cast<const T*>(partials[p]) + r * dim + i);
-          store_floats(kept + i, load_floats(kept + i) + scaled(total, scale));
+          Two total = load_two(partials[0] + at + i);
+          for (index_t p = 1; p < count; ++p) {
+            const Two more = load_two(partials[p] + at + i);
+            total = {total.a + more.a, total.b + more.b};
+          }
+          const Two old = load_two(kept + i);
+          squares.add(store_two(kept + i, {old.a + scaled<SCALED>(total.a, scale),
+                                           old.b + scaled<SCALED>(total.b, scale)}));
         },
         [&](index_t i) {
-          float total = to_float(static_cast<const T*>(partials[0])[r * dim + i]);
-          for (index_t p = 1; p < count; ++p)
-            total += to_float(static_cast<const T*>(partials[p])[r * dim + i]);
-          from_float(to_float(kept[i]) + scaled(splat(total), scale)[0], kept + i);
+          float total = to_float(partials[0][at + i]);
+          for (index_t p = 1; p < count; ++p) total += to_float(partials[p][at + i]);
+          from_float(to_float(kept[i]) + scaled<SCALED>(total, scale), kept + i);
+          squares.add(to_float(kept[i]));
         });
-    normalise(kept, weight, dim, eps, offset, out + r * dim);
+    normalise(kept, weight, dim, squares.total(), eps, offset, out + at);
   });
 }
 
@@ -166,9 +188,9 @@ extern "C" void weave_add_rms_norm(const void* partials, index_t count, void* re
                                    float scale, index_t dtype, index_t threads) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    add_rms_norm(static_cast<const void* const*>(partials), count, static_cast<T*>(residual),
-                 static_cast<const T*>(weight), static_cast<T*>(out), rows, dim, eps, offset, scale,
-                 threads);
+    const auto run = scale == 1.0f ? add_rms_norm<false, T> : add_rms_norm<true, T>;
+    run(static_cast<const T* const*>(partials), count, static_cast<T*>(residual),
+        static_cast<const T*>(weight), static_cast<T*>(out), rows, dim, eps, offset, scale, threads);
   });
 }
 

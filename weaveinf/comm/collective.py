@@ -19,7 +19,7 @@ from torch import Tensor
 from weaveinf.comm.progress import Job
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
-from weaveinf.comm.waits import blamed, wait_for
+from weaveinf.comm.waits import Backend, blamed, wait_for
 from weaveinf.ops.norm import add_rms_norm
 
 _CHUNK_BYTES = 256 * 1024
@@ -58,6 +58,7 @@ class CollectiveSeam:
         self.why = why
         self._ranks = ranks
         self._group = ranks.seams
+        self._down = ranks.seams_down
         self._tag = 8 * next(ranks.seam_numbers)
         self._nccl = ranks.device.type == "cuda"
         size, row_bytes = ranks.size, hidden * dtype.itemsize
@@ -117,13 +118,24 @@ class CollectiveSeam:
         """Sends out[r] to rank r and receives into[r] from it; empty ones (the own, too) do not travel."""
         if self._nccl:
             return [(None, self._group.alltoall(list(into), list(out)))]
-        works: _Works = []
-        for start, tensors in ((self._group.recv, into), (self._group.send, out)):
-            for rank, t in enumerate(tensors):
-                if t.numel():
-                    with blamed(rank, "a seam"):
-                        works.append((rank, start([t], rank, tag)))
+        works = self._receive(into, tag)
+        for rank, t in enumerate(out):
+            if t.numel():
+                with blamed(rank, "a seam"):
+                    works.append((rank, self._way(self._ranks.rank, rank).send([t], rank, tag)))
         return works
+
+    def _receive(self, into: Sequence[Tensor], tag: int) -> _Works:
+        works: _Works = []
+        for rank, t in enumerate(into):
+            if t.numel():
+                with blamed(rank, "a seam"):
+                    works.append((rank, self._way(rank, self._ranks.rank).recv([t], rank, tag)))
+        return works
+
+    def _way(self, source: int, target: int) -> Backend:
+        """The process group of what one rank sends another (see `Ranks`)."""
+        return self._group if source < target else self._down
 
     def _wait(self, works: _Works) -> None:
         for rank, work in works:
@@ -143,12 +155,16 @@ class CollectiveSeam:
         chunks = self._chunks[rows]
         sums = [self._exchange(chunk.partials, chunk.inbox, self._tag + 1) for chunk in chunks]
         back: _Works = []
+        if rows > self._few and not self._nccl:
+            # Early, for gloo's sender waits until it has heard that its message is awaited.
+            for chunk in chunks:
+                back += self._receive(chunk.others, self._tag + 2)
         for chunk, works in zip(chunks, sums, strict=True):
             yield
             self._wait(works)
             self._add_and_norm(joint, chunk.sums, chunk.own, chunk.x)
             if rows > self._few:
-                back += self._exchange(chunk.mine, chunk.others, self._tag + 2)
+                back += self._exchange(chunk.mine, chunk.others if self._nccl else (), self._tag + 2)
         yield
         self._wait(back)
 

@@ -152,8 +152,9 @@ class HierarchicalSeam(CollectiveSeam):
             self._blamed.fill_(1 + self._known.index(error.rank))
         self._segment.close()
         elsewhere = self._column[self._host - 1]
-        with suppress(RuntimeError):  # gloo breaks all its connections when one wait runs out
-            self._group.recv([self._inbox[0][:1]], elsewhere, self._tag + 5).wait(timedelta(milliseconds=1))
+        for group in (self._group, self._down):
+            with suppress(RuntimeError):  # gloo breaks all its connections when one wait runs out
+                group.recv([self._inbox[0][:1]], elsewhere, self._tag + 5).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
         """See `Seam.close`."""

@@ -36,7 +36,8 @@ class Ranks:
 
     rank, size, device; `hosts`: the ranks of each host, ascending; `votes`: sums over ranks; `control`: the
     channel from rank 0 to all others; `seams`: the process group that collective seams use (None for one
-    rank), issued by `progress` alone; `silence_s`: how long a wait bears with a living but silent peer.
+    rank), issued by `progress` alone; `seams_down`: over gloo, its like for what goes to a lower rank;
+    `silence_s`: how long a wait bears with a living but silent peer.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Ranks:
         self.progress = Progress(device)
         self.seam_numbers = count()  # every rank makes the same seams in the same order
         self.seams: Backend = None
+        self.seams_down: Backend = None
         self.segment: Segment | None = None
         # Of a single rank, or until `join` has found better.
         self.votes: Votes = GlooVotes(None, 1)
@@ -97,7 +99,12 @@ class Ranks:
         one_host = len(self.hosts) == 1
         if not one_host:
             self._listen = _find_listen(self)
-        self.seams = self._group("seams", self.device.type, timedelta(seconds=self.silence_s))
+        silence = timedelta(seconds=self.silence_s)
+        self.seams = self._group("seams", self.device.type, silence)
+        if self.device.type == "cpu":
+            # Two, since a connection serves one direction at a time: while a thread that sends on it is
+            # interrupted, gloo's thread spins on whatever arrives there.
+            self.seams_down = self._group("seams down", "cpu", silence)
         able = one_host and self.size <= MAX_RANKS and segment.lib is not None
         words = SharedVotes.bytes(self.size)
         if all(self.agree("able" if able else "")):
@@ -181,7 +188,7 @@ class Ranks:
         if self.segment is not None:
             self.segment.close()
         self._groups.clear()
-        self.seams = None
+        self.seams = self.seams_down = None
         self._store = None
 
 
