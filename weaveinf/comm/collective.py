@@ -268,4 +268,4 @@ class CollectiveSeam:
     def close(self) -> None:
         """See `Seam.close`. The process group is the ranks'."""
         self._job = None
-        self._group = None
+        self._group = self._down = None
