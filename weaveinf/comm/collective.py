@@ -27,8 +27,8 @@ _FEW_BYTES = 64 * 1024
 """What a rank may send in all for its rows to count as few."""
 
 _BULK_BYTES = 128 * 1024
-"""What goes to a lower rank has a connection of its own from this size on. Below it, TCP waits for delayed
-acknowledgements on a connection that carries nothing back: 40 ms, seen with 64 KB."""
+"""What goes to a lower rank has a connection of its own from this size on. Smaller messages stalled on one
+that carries little and nothing back, unless tcp_slow_start_after_idle was off."""
 
 _KEPT = 32  # row counts whose chunks are remembered
 

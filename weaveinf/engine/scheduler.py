@@ -292,8 +292,7 @@ class Scheduler:
             refers = start >= known
             if not refers:
                 tokens += request.tokens(start, end)
-            if new_pages:
-                pages += new_pages
+            pages += new_pages
             wanted = 0
             if request.prompt_logprobs is not None and start < prompt and outputs == 0:
                 wanted = end - start

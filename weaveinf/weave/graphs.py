@@ -24,8 +24,9 @@ _INT32 = [f.name for f in fields(Batch) if f.name not in ("input_ids", "logit_ro
 
 
 def padded(rows: int) -> int:
-    """Rows of the graph that serves `rows`: a power of two up to 8, then in steps of an eighth at most."""
-    step = max(1, 1 << max(0, (rows - 1).bit_length() - 3)) if rows > 8 else 1 << (rows - 1).bit_length()
+    """Rows of the graph that serves `rows`: a power of two up to 8, then an eighth of one, or several."""
+    bits = (rows - 1).bit_length()
+    step = 1 << (bits - 3 if rows > 8 else bits)
     return -(-rows // step) * step
 
 
