@@ -48,7 +48,7 @@ def pack(weight: Tensor, wide: bool = False) -> PackedWeight:
     """
     if weight.device.type == "cpu" and weight.dtype in native.DTYPES:
         if weight.dtype == torch.bfloat16 and native.onednn and not wide:
-            # AVX-512, AMX and Arm's matrix instructions: oneDNN's kernels know them.
+            # AMX's and Arm's matrix instructions: oneDNN's kernels know them.
             return PackedWeight(weight, _onednn(weight))
         if native.lib is not None:
             panels, (n, k) = _panels(weight, native.lib), weight.shape
@@ -95,7 +95,7 @@ def panels_product(panels: Tensor, n: int, k: int, weight_dtype: torch.dtype) ->
 
 
 def _onednn(weight: Tensor) -> Product:
-    """oneDNN with the weight reordered once, for bfloat16 where the processor has instructions."""
+    """oneDNN with the weight reordered once, for bfloat16."""
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -95,7 +95,7 @@ def _choose(names: Sequence[str]) -> tuple[ctypes.CDLL | None, str, str]:
 
 def abilities() -> list[str]:
     """What this process could run its products on: the loadable builds, best first, and "onednn" where
-    oneDNN has instructions for bfloat16."""
+    oneDNN multiplies bfloat16 by matrix instructions."""
     builds = [name for name in runnable() if _choose([name])[0] is not None]
     return builds + ["onednn"] * ONEDNN
 
@@ -114,5 +114,8 @@ lib: ctypes.CDLL | None
 isa: str
 reason: str
 lib, isa, reason = _choose(runnable())
-ONEDNN: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# With AVX-512, csrc/cpu/gemm.cpp is as fast for many rows, faster for few (bench/linear.py), and can share.
+ONEDNN: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+    "amx_bf16" in _flags() or platform.machine() == "aarch64"
+)
 onednn = ONEDNN
