@@ -242,7 +242,7 @@ def commit() -> str:
 
 def write_results(results: Results, machine: dict[str, object], command: str) -> None:
     """Prints the report and keeps it, with the figures as JSON beside it."""
-    date = datetime.date.today().isoformat()
+    date, version = datetime.date.today().isoformat(), commit()
     lines = [f"# weaveinf beside its peers, {date}", "", results.table(), ""]
     lines += ["The ratios are over weaveinf at 2 ranks: above 1, weaveinf at 2 ranks is faster.", ""]
     lines += [f"- {verdict}" for verdict in results.verdicts()]
@@ -251,13 +251,13 @@ def write_results(results: Results, machine: dict[str, object], command: str) ->
         turns = [sum(one in turn for turn in results.turns[cell]) for cell in CELLS]
         said = ", ".join(f"{key} {value}" for key, value in about.items())
         lines.append(f"- {one.name}: {' / '.join(map(str, turns))} turns, {said}")
-    lines += ["", f"Command: `{command}`; weaveinf's commit: {commit()}", ""]
+    lines += ["", f"Command: `{command}`; weaveinf's commit: {version}", ""]
     text = "\n".join(lines)
     print("\n" + text)
     stem = BENCH / "results" / f"compare-{date}-{str(machine['instructions']).lower()}"
     stem.parent.mkdir(exist_ok=True)
     stem.with_suffix(".md").write_text(text)
-    whole: dict[str, object] = {"date": date, "command": command, "commit": commit(), "machine": machine}
+    whole: dict[str, object] = {"date": date, "command": command, "commit": version, "machine": machine}
     whole |= {"cells": results.as_json(), "verdicts": results.verdicts()}
     stem.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
     print(f"written to {stem.relative_to(ROOT)}.md and .json")

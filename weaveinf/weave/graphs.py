@@ -132,6 +132,8 @@ class Graphs:
         key = shape(halves, self._most)
         if (kept := self._kept.get(key)) is None:
             if key not in self._seen:
+                if len(self._seen) == RESIDENT:
+                    self._seen.clear()
                 static = self._seen[key] = StaticHalves(*key, self._device)
                 static.fill(halves)
                 return self._step(static.halves)[:total]
