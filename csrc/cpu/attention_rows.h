@@ -12,18 +12,26 @@
 namespace weave {
 namespace {
 
+// What multiplies queries and keys: as they are where the hardware knows their products.
+template <class T>
+using Scores = std::conditional_t<HAS_DOT && std::is_same_v<T, bf16>, Dots, Floats>;
+
 // NR queries of a task, one to a lane. Their bounds ascend with the lanes.
+template <class W>
 struct Panel {
   vi first[NV], end[NV];  // keys that a lane reads
   vf top[NV], total[NV];
-  float *q, *sums;  // [dim][NR]
+  typename W::B* q;  // a panel of W
+  float* sums;       // [dim][NR]
   index_t first_first, last_first, first_end, last_end;
 };
 
-// Keys from `first` on and their values, float32 with row stride `step`.
+// Keys from `first` on and their values, which are float32; both with row stride `step`.
+template <class W>
 struct Block {
   index_t first, count, step;
-  const float *keys, *values;
+  const typename W::A* keys;
+  const float* values;
   bool finite;  // the values
 };
 
@@ -46,24 +54,40 @@ bool widen(const T* const* rows, index_t count, index_t dim, index_t step, float
   return sum(zero) == 0;
 }
 
+// Rows as pairs, a missing last element as zero.
+[[maybe_unused]] void copy(const bf16* const* rows, index_t count, index_t dim, index_t step,
+                           uint32_t* to) {
+  for (index_t i = 0; i < count; ++i, to += step) {
+    to[dim / 2] = dim & 1 ? rows[i][dim - 1] : 0;
+    __builtin_memcpy(to, rows[i], size_t(dim & ~index_t(1)) * 2);
+  }
+}
+template <class T>
+void copy(const T* const* rows, index_t count, index_t dim, index_t step, float* to) {
+  widen(rows, count, dim, step, to);
+}
+
 // scores[key][NR] of `count` keys.
-void score(const Panel& p, const float* keys, index_t step, index_t dim, index_t count, float* scores) {
+template <class W>
+void score(const Panel<W>& p, const typename W::A* keys, index_t step, index_t dim, index_t count,
+           float scale, float* scores) {
   const index_t groups = ceil_div(count, MR);
   for (index_t g = 0; g < groups; ++g) {
     const index_t key = part(count, groups, g);
     with_rows(int(part(count, groups, g + 1) - key), [&](auto size) {
       constexpr int M = size;
       vf acc[1][M][NV] = {};
-      multiply<Floats, M, 1>(acc, keys + key * step, step, 1, p.q, NR, dim);
+      multiply<W, M, 1>(acc, keys + key * step, step, 1, p.q, NR, ceil_div(dim, W::K));
       UNROLL for (int r = 0; r < M; ++r) {
-        UNROLL for (int v = 0; v < NV; ++v) store(scores + (key + r) * NR + v * LANES, acc[0][r][v]);
+        UNROLL for (int v = 0; v < NV; ++v) store(scores + (key + r) * NR + v * LANES, acc[0][r][v] * scale);
       }
     });
   }
 }
 
 // Scores of the keys `first` to `first + count` to exponentials; `decay` is what earlier sums shrink by.
-INLINE void soften(Panel& p, index_t first, index_t count, bool masked, float* scores, vf (&decay)[NV]) {
+template <class W>
+INLINE void soften(Panel<W>& p, index_t first, index_t count, bool masked, float* scores, vf (&decay)[NV]) {
   UNROLL for (int v = 0; v < NV; ++v) {
     float* column = scores + v * LANES;
     const vf before = p.top[v];
@@ -92,7 +116,8 @@ INLINE void soften(Panel& p, index_t first, index_t count, bool masked, float* s
 
 // sums = sums * decay + values weighted by `weights` [key][NR]. `exact`: what a lane gives no weight must
 // not count, not even times zero, for it may be infinite or NaN.
-void add_values(const Panel& p, const float* values, index_t step, index_t dim, index_t count,
+template <class W>
+void add_values(const Panel<W>& p, const float* values, index_t step, index_t dim, index_t count,
                 const float* weights, const vf (&decay)[NV], bool exact) {
   const index_t groups = ceil_div(dim, MR);
   for (index_t g = 0; g < groups; ++g) {
@@ -121,20 +146,50 @@ void add_values(const Panel& p, const float* values, index_t step, index_t dim, 
   }
 }
 
-void attend(Panel& p, const Block& b, index_t dim, float* scores) {
+template <class W>
+void attend(Panel<W>& p, const Block<W>& b, index_t dim, float scale, float* scores) {
   const index_t first = b.first > p.first_first ? b.first : p.first_first;
   const index_t end = b.first + b.count < p.last_end ? b.first + b.count : p.last_end;
   if (first >= end) return;
   const index_t offset = (first - b.first) * b.step;
   const bool masked = p.first_end < end || p.last_first > first;
   vf decay[NV];
-  score(p, b.keys + offset, b.step, dim, end - first, scores);
+  score(p, b.keys + offset, b.step, dim, end - first, scale, scores);
   soften(p, first, end - first, masked, scores, decay);
   add_values(p, b.values + offset, b.step, dim, end - first, scores, decay, masked && !b.finite);
 }
 
+// Rows [LANES][dim] to `to` [dim][NR], or their pairs to [dim / 2][NR].
 template <class T>
-void load_panel(const Call& c, const Task& t, index_t from, Panel& p) {
+void load_columns(const T* const* rows, index_t dim, float* to) {
+  index_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    vf x[LANES];
+    UNROLL for (int i = 0; i < LANES; ++i) x[i] = load_floats(rows[i] + d);
+    transpose(x);
+    UNROLL for (int i = 0; i < LANES; ++i) store(to + (d + i) * NR, x[i]);
+  }
+  for (; d < dim; ++d) {
+    for (int i = 0; i < LANES; ++i) to[d * NR + i] = to_float(rows[i][d]);
+  }
+}
+
+[[maybe_unused]] void load_columns(const bf16* const* rows, index_t dim, uint32_t* to) {
+  index_t d = 0;
+  for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+    vf x[LANES];
+    UNROLL for (int i = 0; i < LANES; ++i) x[i] = load<vf>(rows[i] + d);
+    transpose(x);
+    UNROLL for (int i = 0; i < LANES; ++i) store(to + (d / 2 + i) * NR, x[i]);
+  }
+  for (; d < dim; d += 2) {
+    for (int i = 0; i < LANES; ++i)
+      to[d / 2 * NR + i] = rows[i][d] | (d + 1 < dim ? uint32_t(rows[i][d + 1]) << 16 : 0);
+  }
+}
+
+template <class T, class W>
+void load_panel(const Call& c, const Task& t, index_t from, Panel<W>& p) {
   const T* rows[NR];
   int32_t first[NR], end[NR];
   const index_t group = c.group();
@@ -149,28 +204,16 @@ void load_panel(const Call& c, const Task& t, index_t from, Panel& p) {
   }
   p.first_first = first[0], p.last_first = first[NR - 1];
   p.first_end = end[0], p.last_end = end[NR - 1];
-  const float scale = float(c.scale);
   for (int v = 0; v < NV; ++v) {
     p.first[v] = load<vi>(first + v * LANES), p.end[v] = load<vi>(end + v * LANES);
     p.top[v] = splat(NEVER), p.total[v] = vf{};
-    float* q = p.q + v * LANES;
-    const T* const* some = rows + v * LANES;
-    index_t d = 0;
-    for (; d + LANES <= c.dim; d += LANES) {
-      vf x[LANES];
-      UNROLL for (int i = 0; i < LANES; ++i) x[i] = load_floats(some[i] + d) * scale;
-      transpose(x);
-      UNROLL for (int i = 0; i < LANES; ++i) store(q + (d + i) * NR, x[i]);
-    }
-    for (; d < c.dim; ++d) {
-      for (int i = 0; i < LANES; ++i) q[d * NR + i] = to_float(some[i][d]) * scale;
-    }
+    load_columns(rows + v * LANES, c.dim, p.q + v * LANES);
   }
   __builtin_memset(p.sums, 0, size_t(c.dim * NR) * 4);
 }
 
-template <class T>
-void emit_panel(const Call& c, const Task& t, index_t from, const Panel& p, float* rows) {
+template <class T, class W>
+void emit_panel(const Call& c, const Task& t, index_t from, const Panel<W>& p, float* rows) {
   const index_t step = round_up(c.dim, LANES), group = c.group();
   index_t row = t.row + from / group, head = from % group;
   for (int v = 0; v < NV; ++v) {
@@ -204,28 +247,32 @@ index_t next_run(const Call& c, const Task& t, index_t& row, index_t& key) {
 
 template <class T>
 void many_rows(const Call& c, const Task& t) {
+  using W = Scores<T>;
   // Not a power of two, to spread over the cache's sets.
   const index_t step = round_up(c.dim, 16) + 16, size = round_up(c.dim, LANES) * NR;
   const index_t panels = ceil_div(t.rows * c.group(), NR);
   float* scores = scratch.get<float>(KEYS * NR + 2 * KEYS * step + (2 * panels + 1) * size);
-  float *keys = scores + KEYS * NR, *values = keys + KEYS * step, *rest = values + KEYS * step;
-  static thread_local std::vector<Panel> all;
+  float *values = scores + KEYS * NR, *sums = values + KEYS * step, *outs = sums + panels * size;
+  auto* keys = reinterpret_cast<typename W::A*>(outs + size);
+  auto* queries = reinterpret_cast<typename W::B*>(keys + KEYS * step);
+  static thread_local std::vector<Panel<W>> all;
   all.resize(size_t(panels));
   for (index_t i = 0; i < panels; ++i) {
-    all[i].q = rest + 2 * i * size, all[i].sums = all[i].q + size;
+    all[i].q = queries + i * size, all[i].sums = sums + i * size;
     load_panel<T>(c, t, i * NR, all[i]);
   }
   const T* rows[KEYS];
   index_t row = t.row, key = t.first;
   while (const index_t count = next_run(c, t, row, key)) {
     find(c, t, c.keys, key, count, rows);
-    widen(rows, count, c.dim, step, keys);
+    copy(rows, count, c.dim, step, keys);
     find(c, t, c.values, key, count, rows);
     const bool finite = widen(rows, count, c.dim, step, values);
-    for (Panel& p : all) attend(p, {key, count, step, keys, values, finite}, c.dim, scores);
+    const Block<W> block{key, count, step, keys, values, finite};
+    for (Panel<W>& p : all) attend(p, block, c.dim, float(c.scale), scores);
     key += count;
   }
-  for (index_t i = 0; i < panels; ++i) emit_panel<T>(c, t, i * NR, all[i], rest + 2 * panels * size);
+  for (index_t i = 0; i < panels; ++i) emit_panel<T>(c, t, i * NR, all[i], outs);
 }
 
 }  // namespace

@@ -146,23 +146,24 @@ INLINE const float* prepare(const uint32_t* panel, index_t steps, float* to) {
   return to;
 }
 
-// Many rows: a block of rows times a chunk of panels, k in slices, float32 sums kept between the slices.
+// How k is cut into slices of even size, for blocks that fit the caches.
+struct Slices {
+  index_t count, size;
+  explicit Slices(index_t k) : count(ceil_div(k, KC)), size(round_up(ceil_div(k, count), 2)) {}
+};
+
+// Many rows: a block of rows [slice][m][AS] times a chunk of panels, float32 sums kept between the slices.
 // W: how the weights lie; I: what the inner tile reads.
-template <class W, class I, class T>
-void many_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output& block_out,
-               index_t from, index_t to) {
-  using A = typename I::A;
-  const index_t slices = ceil_div(w.k, KC);
-  const index_t kc_even = round_up(ceil_div(w.k, slices), 2);
-  const index_t width = (to - from) * NR;
-  A* rows = rows_scratch.get<A>(m * AS);
-  float* sums = sums_scratch.get<float>(m * width);
+template <class W, class I>
+void many_rows(const Weight& w, const typename I::A* rows, index_t m, const Output& block_out, index_t from,
+               index_t to) {
+  const index_t kc_even = Slices(w.k).size;
+  float* sums = sums_scratch.get<float>(m * (to - from) * NR);
   float* widened = panel_scratch.get<float>(KC * NR + NR);
   const Groups groups(m, MR);
-  for (index_t k = 0; k < w.k; k += kc_even) {
+  for (index_t k = 0; k < w.k; k += kc_even, rows += m * AS) {
     const index_t kc = w.k - k < kc_even ? w.k - k : kc_even;
     const bool first = k == 0, last = k + kc == w.k;
-    copy_rows(x + k, ldx, m, kc, rows);
     for (index_t p = from; p < to; ++p) {
       const auto* slice = w.panel<W>(p) + k / W::K * NR;
       const typename I::B* b;
@@ -206,13 +207,24 @@ struct Tiles {
       : row_blocks(ceil_div(m, MC)), chunks(ceil_div(n, NC)), m(m), panels(ceil_div(n, NR)) {}
   index_t count() const { return row_blocks * chunks; }
 
+  // `copied`: the block whose rows this thread has in its scratch memory, -1 at first.
   template <class W, class Wide, class T>
-  void multiply(index_t i, const Weight& w, const T* x, index_t ldx, const Output& out) const {
-    const index_t block = i / chunks, chunk = i % chunks, row = part(m, row_blocks, block);
+  void multiply(index_t i, const Weight& w, const T* x, index_t ldx, const Output& out,
+                index_t& copied) const {
+    using A = typename Wide::A;
+    const index_t block = i / chunks, chunk = i % chunks;
+    const index_t row = part(m, row_blocks, block), count = part(m, row_blocks, block + 1) - row;
+    const Slices slices(w.k);
+    A* rows = rows_scratch.get<A>(slices.count * count * AS);
+    if (block != copied) {
+      for (index_t k = 0, s = 0; k < w.k; k += slices.size, ++s)
+        copy_rows(x + row * ldx + k, ldx, count, w.k - k < slices.size ? w.k - k : slices.size,
+                  rows + s * count * AS);
+      copied = block;
+    }
     Output to = out;
     to.data = static_cast<char*>(out.data) + row * out.stride * (out.half ? 2 : 4);
-    many_rows<W, Wide>(w, x + row * ldx, ldx, part(m, row_blocks, block + 1) - row, to,
-                       part(panels, chunks, chunk), part(panels, chunks, chunk + 1));
+    many_rows<W, Wide>(w, rows, count, to, part(panels, chunks, chunk), part(panels, chunks, chunk + 1));
   }
 };
 
@@ -230,8 +242,12 @@ void multiply_all(const Weight& w, const T* x, index_t ldx, index_t m, const Out
   Tiles tiles(m, w.n);
   while (threads > 1 && tiles.count() % threads && tiles.chunks < panels && tiles.chunks < 4 * threads)
     ++tiles.chunks;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-  for (index_t i = 0; i < tiles.count(); ++i) tiles.multiply<W, Wide>(i, w, x, ldx, out);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    index_t copied = -1;
+#pragma omp for schedule(dynamic)
+    for (index_t i = 0; i < tiles.count(); ++i) tiles.multiply<W, Wide>(i, w, x, ldx, out, copied);
+  }
 }
 
 // Takes tiles until the counter, which all helpers share, has passed the last.
@@ -243,10 +259,13 @@ void take_tiles(int64_t* next, const Weight& w, const T* x, index_t ldx, index_t
   tiles.chunks = wide > fine ? wide : fine;
   if (tiles.chunks > tiles.panels) tiles.chunks = tiles.panels;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  for (;;) {
-    const index_t i = index_t(__atomic_fetch_add(next, 1, __ATOMIC_RELAXED));
-    if (i >= tiles.count()) break;
-    tiles.multiply<W, Wide>(i, w, x, ldx, out);
+  {
+    index_t copied = -1;
+    for (;;) {
+      const index_t i = index_t(__atomic_fetch_add(next, 1, __ATOMIC_RELAXED));
+      if (i >= tiles.count()) break;
+      tiles.multiply<W, Wide>(i, w, x, ldx, out, copied);
+    }
   }
 }
 
