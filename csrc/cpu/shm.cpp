@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <climits>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <ctime>
@@ -16,8 +17,6 @@
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include "shm_rows.h"
 
 namespace {
 
@@ -263,55 +262,51 @@ int weaveinf_channel_take(Channel* c, int64_t* out, int64_t n) {
 
 // ---- seam -----------------------------------------------------------------------------------------------
 
+// weave_add_rms_norm of the build that all ranks chose.
+using Norm = void (*)(const void* partials, ptrdiff_t count, void* residual, const void* weight, void* out,
+                      ptrdiff_t rows, ptrdiff_t dim, float eps, float offset, float scale, ptrdiff_t dtype,
+                      ptrdiff_t threads);
+
 // All ranks write their partial sums, meet, compute each its share of the rows of residual and x, and meet.
 // (That every rank computed few rows itself, behind one meeting, was slower even for one row.)
 struct Seam {
   Group group;
+  Norm norm;
   char* partials;   // [size][max_rows][hidden]
   char* residuals;  // [2][max_rows][hidden], the second for steps that drop rows
   char* x;          // [max_rows][hidden]
-  float* scratch;   // [threads + 1][hidden]: w' and one row for each thread
   int64_t max_rows, hidden, rows;
-  int32_t bfloat16, threads;
-  int32_t side;   // which of residuals holds the residual
-  int32_t fresh;  // the residual is zero and lies nowhere yet
+  int32_t dtype, item, threads;  // the code of the elements' dtype, and their size in bytes
+  int32_t side;                  // which of residuals holds the residual
+  int32_t fresh;                 // the residual is zero and lies nowhere yet
 };
 
-// weaveinf_seam_finish must be called before x is read and partials are written.
-int weaveinf_seam_start(Seam* s, const int64_t* kept, int64_t n, const void* weight, int weight_bf16,
-                        float eps, float offset, float scale) {
+// weight: [hidden], of the seam's dtype. weaveinf_seam_finish must be called before x is read and partials are
+// written.
+int weaveinf_seam_start(Seam* s, const int64_t* kept, int64_t n, const void* weight, float eps, float offset,
+                        float scale) {
   Group* g = &s->group;
-  const int64_t plane = s->max_rows * s->hidden * (s->bfloat16 ? 2 : 4);
   for (int64_t i = 0; kept != nullptr && i < n; ++i)
     if (kept[i] >= s->rows || kept[i] < (i ? kept[i - 1] + 1 : 0)) return problem(kBadRows, g->rank);
   if (int code = meet(g, uint64_t(n))) return code;
 
-  const int next_side = kept != nullptr ? 1 - s->side : s->side;
-  RowTask task{};
-  task.size = g->size;
-  for (int r = 0; r < g->size; ++r) task.partials[r] = s->partials + r * plane;
-  task.kept = kept;
-  task.old_residual = s->fresh ? nullptr : s->residuals + s->side * plane;
-  task.residual = s->residuals + next_side * plane;
-  task.x = s->x;
-  task.hidden = s->hidden;
-  task.eps = eps, task.scale = scale;
-  task.weight = s->scratch;
+  const int64_t row = s->hidden * s->item, plane = s->max_rows * row;
   const int64_t base_rows = n / g->size, extra = n % g->size;
   const int64_t first = g->rank * base_rows + std::min<int64_t>(g->rank, extra);
-  const int64_t last = first + base_rows + (g->rank < extra);
-  if (first < last) widen(weight, weight_bf16, s->hidden, offset, s->scratch);
+  const int64_t count = base_rows + (g->rank < extra);
+  const char* old = s->residuals + s->side * plane;
+  if (kept != nullptr) s->side = 1 - s->side;
+  char* residual = s->residuals + s->side * plane + first * row;
+  if (s->fresh)
+    std::memset(residual, 0, count * row);
+  else if (kept != nullptr)
+    for (int64_t i = 0; i < count; ++i) std::memcpy(residual + i * row, old + kept[first + i] * row, row);
+  const char* partials[8];
+  for (int r = 0; r < g->size; ++r) partials[r] = s->partials + r * plane + first * row;
+  s->norm(partials, g->size, residual, weight, s->x + first * row, count, s->hidden, eps, offset, scale,
+          s->dtype, s->threads);
 
-  auto rows = s->bfloat16 ? rows_bf16 : rows_f32;
-  const int64_t block = std::max<int64_t>((last - first + s->threads - 1) / s->threads, 8);
-  const int threads = int((last - first + block - 1) / block);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
-  for (int t = 0; t < threads; ++t) {
-    const int64_t from = first + t * block;
-    rows(task, from, std::min(from + block, last), s->scratch + (t + 1) * s->hidden);
-  }
-
-  s->rows = n, s->side = next_side, s->fresh = 0;
+  s->rows = n, s->fresh = 0;
   arrive(g, uint64_t(n));
   return 0;
 }

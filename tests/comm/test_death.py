@@ -32,7 +32,7 @@ NOTICED_S = 5.0
 
 def in_seam(ranks: Ranks) -> Callable[[], object]:
     seam = make_seam(ranks, 64, 32, torch.bfloat16)
-    joint = Joint(torch.ones(32), 1e-5)
+    joint = Joint(torch.ones(32, dtype=torch.bfloat16), 1e-5)
     seam.open(64)
     seam.partial().zero_()
 
@@ -46,7 +46,7 @@ def in_seam(ranks: Ranks) -> Callable[[], object]:
 def in_halves(ranks: Ranks) -> Callable[[], object]:
     """Two seams are under way at once, as in a woven step."""
     seams = [make_seam(ranks, 64, 32, torch.bfloat16) for _ in range(2)]
-    joint = Joint(torch.ones(32), 1e-5)
+    joint = Joint(torch.ones(32, dtype=torch.bfloat16), 1e-5)
     for seam in seams:
         seam.open(64)
         seam.partial().zero_()

@@ -125,7 +125,7 @@ def steps(ranks: Ranks, rows: int) -> Callable[[], object]:
     ranks.hosts = HOSTS  # for good: the pool ends with the test
     seam = make_seam(ranks, rows, 32, torch.bfloat16)
     assert seam.name == "hierarchical"
-    joint = Joint(torch.ones(32), 1e-5)
+    joint = Joint(torch.ones(32, dtype=torch.bfloat16), 1e-5)
     seam.open(rows)
     seam.partial().zero_()
 
@@ -161,7 +161,7 @@ def silent(ranks: Ranks, port: int) -> str:
             time.sleep(1.0)
         seam.open(8)
         began = time.monotonic()
-        seam.start(Joint(torch.ones(32), 1e-5))
+        seam.start(Joint(torch.ones(32, dtype=torch.bfloat16), 1e-5))
         with pytest.raises((RankDied, TimeoutError)) as caught:
             seam.finish()
         assert time.monotonic() - began < NOTICED_S

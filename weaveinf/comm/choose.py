@@ -11,7 +11,8 @@ from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Seam
 from weaveinf.comm.segment import MAX_RANKS
-from weaveinf.comm.shared import DTYPES, SharedSeam
+from weaveinf.comm.shared import SharedSeam
+from weaveinf.ops import native
 
 
 def make_seam(ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> Seam:
@@ -46,6 +47,6 @@ def _objection(ranks: Ranks, dtype: torch.dtype) -> str:
         return f"some hosts have {counts[0]} ranks and others {counts[-1]}"
     if counts[0] > MAX_RANKS:
         return f"more than {MAX_RANKS} ranks on a host"
-    if dtype not in DTYPES:
+    if dtype not in native.DTYPES:
         return f"no shared-memory kernel for {dtype}"
-    return segment.reason
+    return segment.reason or native.reason

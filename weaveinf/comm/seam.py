@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """The norm that follows a block: weight [hidden], and what the families vary.
+    """The norm that follows a block: weight [hidden], of the model's dtype, and what the families vary.
 
     residual = round(residual + residual_scale * sum of partials);
     x = round(residual / sqrt(mean(residual^2) + eps) * (weight + weight_offset)), all in float32.

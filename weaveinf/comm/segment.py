@@ -73,7 +73,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "weaveinf_channel_send": [_P, _P, _I64],
     "weaveinf_channel_length": [_P, _I64, _P],
     "weaveinf_channel_take": [_P, _P, _I64],
-    "weaveinf_seam_start": [_P, _P, _I64, _P, ctypes.c_int, _F, _F, _F],
+    "weaveinf_seam_start": [_P, _P, _I64, _P, _F, _F, _F],
     "weaveinf_seam_finish": [_P],
 }
 

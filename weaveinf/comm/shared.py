@@ -12,8 +12,7 @@ from weaveinf.comm import segment
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
 from weaveinf.comm.segment import LINE, Group, check, pages, share
-
-DTYPES = (torch.float32, torch.bfloat16)
+from weaveinf.ops import native
 
 _KEPT_VIEWS = 256
 
@@ -25,14 +24,15 @@ class _State(ctypes.Structure):
 
     _fields_ = [
         ("group", Group),
+        ("norm", _P),
         ("partials", _P),
         ("residuals", _P),
         ("x", _P),
-        ("scratch", _P),
         ("max_rows", _I64),
         ("hidden", _I64),
         ("rows", _I64),
-        ("bfloat16", _I32),
+        ("dtype", _I32),
+        ("item", _I32),
         ("threads", _I32),
         ("side", _I32),
         ("fresh", _I32),
@@ -51,7 +51,7 @@ class SharedSeam:
     fused = True
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
-        assert segment.lib is not None
+        assert segment.lib is not None and native.lib is not None
         self._start = segment.lib.weaveinf_seam_start
         self._finish = segment.lib.weaveinf_seam_finish
         self._meet = segment.lib.weaveinf_meet
@@ -62,18 +62,17 @@ class SharedSeam:
         for rows in (size * max_rows, 2 * max_rows, max_rows):
             at.append(at[-1] + pages(rows * hidden * item))
         self.segment = seg = share(at[-1], rank, ranks.agree)
-        threads = torch.get_num_threads()
-        self._scratch = torch.empty(threads + 1, hidden)
         self._state = _State(
             group=seg.group(0, size, ranks.silence_s, ranks.segment.address if ranks.segment else None),
+            norm=ctypes.cast(native.lib.weave_add_rms_norm, _P),
             partials=seg.address + at[0],
             residuals=seg.address + at[1],
             x=seg.address + at[2],
-            scratch=self._scratch.data_ptr(),
             max_rows=max_rows,
             hidden=hidden,
-            bfloat16=dtype == torch.bfloat16,
-            threads=threads,
+            dtype=native.DTYPES[dtype],
+            item=item,
+            threads=torch.get_num_threads(),
         )
         self._address = ctypes.addressof(self._state)
         self._partial = seg.tensor(at[0], (size, max_rows, hidden), dtype)[rank]
@@ -109,7 +108,6 @@ class SharedSeam:
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`."""
         self._began = time.monotonic()
-        weight = joint.weight if joint.weight.dtype in DTYPES else joint.weight.float()
         if kept is None:
             where, rows = None, self._rows
         else:
@@ -119,8 +117,7 @@ class SharedSeam:
             self._address,
             where,
             rows,
-            weight.data_ptr(),
-            weight.dtype == torch.bfloat16,
+            joint.weight.data_ptr(),
             joint.eps,
             joint.weight_offset,
             joint.residual_scale,
