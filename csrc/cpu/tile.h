@@ -72,12 +72,19 @@ struct Dots {  // the panel of Pairs, the rows in bfloat16 too: the hardware's d
   }
 };
 
-// Memory wanted soon, and how many bytes of it per step.
+// Memory wanted soon, and how many bytes of it per step. Steps of few rows go from load to load so fast that
+// the hardware fetches ahead by itself (Zen 4: up to a third faster, from 8 rows on a fifth slower); it then
+// needs the buffers that our fetches would take, of which one in four lines is left.
 struct Ahead {
   const char* at = nullptr;
   index_t pace = 0;
+  template <int M>
   INLINE void fetch(int width) {
-    for (int i = 0; i < width; i += 64) __builtin_prefetch(at + i, 0, 2);
+    if constexpr (LANES == 16 && M <= 4) {
+      if ((reinterpret_cast<uintptr_t>(at) & 128) == 0) __builtin_prefetch(at, 0, 2);
+    } else {
+      for (int i = 0; i < width; i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
     at += pace;
   }
 };
@@ -93,7 +100,7 @@ INLINE void multiply(vf (&acc)[P][M][NV], const typename W::A* a, index_t a_row,
   index_t s = 0;
   for (; s + TURN <= steps; s += TURN) {
     UNROLL for (int t = 0; t < TURN; ++t) {
-      if (ahead.at) ahead.fetch(int(sizeof *b) * NR);
+      if (ahead.at) ahead.fetch<M>(int(sizeof *b) * NR);
       auto columns = W::columns(b);
       UNROLL for (int r = 0; r < M; ++r)
         W::add(acc[t * W::SETS % P][r], acc[(t * W::SETS + W::SETS - 1) % P][r], a + r * a_row, a_k,
