@@ -130,8 +130,7 @@ INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 // exp within 2 units in the last place; exactly 0 below -87 (masked scores), NaN stays NaN.
 INLINE vf exp(vf x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  vf clamped = x > 88.0f ? splat(88.0f) : x;
-  clamped = clamped < -87.0f ? splat(-87.0f) : clamped;
+  const vf clamped = x > 88.0f ? splat(88.0f) : x;  // what lies below -87 is replaced in the end
   vf biased = clamped * 1.44269504f + shift;
   vf n = biased - shift;
   vf r = clamped - n * 0.693359375f;
