@@ -12,9 +12,10 @@
 namespace weave {
 namespace {
 
-// What multiplies queries and keys: as they are where the hardware knows their products.
+// What multiplies here: bfloat16 as it is where the hardware knows its products. The exponentials are then
+// rounded to it, too, as in FlashAttention (arXiv 2205.14135); their sum is not.
 template <class T>
-using Scores = std::conditional_t<HAS_DOT && std::is_same_v<T, bf16>, Dots, Floats>;
+using Products = std::conditional_t<HAS_DOT && std::is_same_v<T, bf16>, Dots, Floats>;
 
 // NR queries of a task, one to a lane. Their bounds ascend with the lanes.
 template <class W>
@@ -26,16 +27,15 @@ struct Panel {
   index_t first_first, last_first, first_end, last_end;
 };
 
-// Keys from `first` on and their values, which are float32; both with row stride `step`.
+// Keys from `first` on [count][step], and their values [count / W::K][step], each with its neighbours'.
 template <class W>
 struct Block {
   index_t first, count, step;
-  const typename W::A* keys;
-  const float* values;
+  const typename W::A *keys, *values;
   bool finite;  // the values
 };
 
-// Rows as float32; returns whether all is finite.
+// Rows as float32 [count][step], for keys and for values; returns whether all is finite.
 template <class T>
 bool widen(const T* const* rows, index_t count, index_t dim, index_t step, float* to) {
   vf zero{};
@@ -53,18 +53,37 @@ bool widen(const T* const* rows, index_t count, index_t dim, index_t step, float
   }
   return sum(zero) == 0;
 }
+template <class T>
+void copy_keys(const T* const* rows, index_t count, index_t dim, index_t step, float* to) {
+  widen(rows, count, dim, step, to);
+}
+template <class T>
+bool copy_values(const T* const* rows, index_t count, index_t dim, index_t step, float* to) {
+  return widen(rows, count, dim, step, to);
+}
 
-// Rows as pairs, a missing last element as zero.
-[[maybe_unused]] void copy(const bf16* const* rows, index_t count, index_t dim, index_t step,
-                           uint32_t* to) {
+// Keys as pairs of dims, a missing last one as zero.
+[[maybe_unused]] void copy_keys(const bf16* const* rows, index_t count, index_t dim, index_t step,
+                                uint32_t* to) {
   for (index_t i = 0; i < count; ++i, to += step) {
     to[dim / 2] = dim & 1 ? rows[i][dim - 1] : 0;
     __builtin_memcpy(to, rows[i], size_t(dim & ~index_t(1)) * 2);
   }
 }
-template <class T>
-void copy(const T* const* rows, index_t count, index_t dim, index_t step, float* to) {
-  widen(rows, count, dim, step, to);
+
+// Values as pairs of keys, a missing last one as zero; returns whether all is finite.
+[[maybe_unused]] bool copy_values(const bf16* const* rows, index_t count, index_t dim, index_t step,
+                                  uint32_t* to) {
+  uint32_t infinite = 0;
+  for (index_t i = 0; i < count; i += 2, to += step) {
+    const bf16 *a = rows[i], *b = i + 1 < count ? rows[i + 1] : nullptr;
+    for (index_t d = 0; d < dim; ++d) {
+      const uint32_t x = a[d], y = b ? b[d] : 0;
+      infinite |= ((x & 0x7f80) == 0x7f80) | ((y & 0x7f80) == 0x7f80);
+      to[d] = x | y << 16;
+    }
+  }
+  return !infinite;
 }
 
 // scores[key][NR] of `count` keys.
@@ -114,12 +133,36 @@ INLINE void soften(Panel<W>& p, index_t first, index_t count, bool masked, float
   }
 }
 
-// sums = sums * decay + values weighted by `weights` [key][NR]. `exact`: what a lane gives no weight must
-// not count, not even times zero, for it may be infinite or NaN.
+// Exponentials [count][NR] as the product with the values wants them, a missing last of a pair as zero.
+[[maybe_unused]] const float* weigh(float* exponentials, index_t, const float*) { return exponentials; }
+[[maybe_unused]] const uint32_t* weigh(float* exponentials, index_t count, const uint32_t*) {
+  auto* to = reinterpret_cast<uint32_t*>(exponentials);  // never ahead of what is still to be read
+  for (index_t i = 0; i < count; i += 2, exponentials += 2 * NR, to += NR) {
+    UNROLL for (int v = 0; v < NV; ++v) {
+      const vu a = round_bits(load<vf>(exponentials + v * LANES));
+      const vu b = i + 1 < count ? round_bits(load<vf>(exponentials + NR + v * LANES)) : vu{};
+      store(to + v * LANES, a >> 16 | b);
+    }
+  }
+  return to - ceil_div(count, 2) * NR;
+}
+
+// What a lane gives no weight must not count, not even times zero, for it may be infinite or NaN.
+INLINE vf add_exactly(vf sum, vf weight, float value) { return sum + (weight != 0 ? weight * value : vf{}); }
+[[maybe_unused]] INLINE vf add_exactly(vf sum, const float* weights, float value) {
+  return add_exactly(sum, load<vf>(weights), value);
+}
+[[maybe_unused]] INLINE vf add_exactly(vf sum, const uint32_t* weights, uint32_t values) {
+  const vu pairs = load<vu>(weights);
+  sum = add_exactly(sum, even(pairs), to_float(bf16(values)));
+  return add_exactly(sum, odd(pairs), to_float(bf16(values >> 16)));
+}
+
+// sums = sums * decay + values weighted by `weights` [count / W::K][NR].
 template <class W>
-void add_values(const Panel<W>& p, const float* values, index_t step, index_t dim, index_t count,
-                const float* weights, const vf (&decay)[NV], bool exact) {
-  const index_t groups = ceil_div(dim, MR);
+void add_values(const Panel<W>& p, const typename W::A* values, index_t step, index_t dim, index_t count,
+                const typename W::B* weights, const vf (&decay)[NV], bool exactly) {
+  const index_t groups = ceil_div(dim, MR), steps = ceil_div(count, W::K);
   for (index_t g = 0; g < groups; ++g) {
     const index_t d = part(dim, groups, g);
     with_rows(int(part(dim, groups, g + 1) - d), [&](auto size) {
@@ -130,14 +173,13 @@ void add_values(const Panel<W>& p, const float* values, index_t step, index_t di
         UNROLL for (int v = 0; v < NV; ++v)
           acc[0][r][v] = load<vf>(sums + r * NR + v * LANES) * decay[v];
       }
-      if (__builtin_expect(exact, 0)) {
-        for (index_t i = 0; i < count * M * NV; ++i) {
-          const index_t key = i / (M * NV), r = i / NV % M, v = i % NV;
-          const vf weight = load<vf>(weights + key * NR + v * LANES);
-          acc[0][r][v] += weight != 0 ? weight * values[key * step + d + r] : vf{};
+      if (__builtin_expect(exactly, 0)) {
+        for (index_t i = 0; i < steps * M * NV; ++i) {
+          const index_t s = i / (M * NV), r = i / NV % M, v = i % NV;
+          acc[0][r][v] = add_exactly(acc[0][r][v], weights + s * NR + v * LANES, values[s * step + d + r]);
         }
       } else {
-        multiply<Floats, M, 1>(acc, values + d, 1, step, weights, NR, count);
+        multiply<W, M, 1>(acc, values + d, 1, step, weights, NR, steps);
       }
       UNROLL for (int r = 0; r < M; ++r) {
         UNROLL for (int v = 0; v < NV; ++v) store(sums + r * NR + v * LANES, acc[0][r][v]);
@@ -148,15 +190,18 @@ void add_values(const Panel<W>& p, const float* values, index_t step, index_t di
 
 template <class W>
 void attend(Panel<W>& p, const Block<W>& b, index_t dim, float scale, float* scores) {
-  const index_t first = b.first > p.first_first ? b.first : p.first_first;
+  const index_t skipped = p.first_first > b.first ? (p.first_first - b.first) / W::K : 0;  // whole steps
+  const index_t first = b.first + skipped * W::K;
   const index_t end = b.first + b.count < p.last_end ? b.first + b.count : p.last_end;
   if (first >= end) return;
-  const index_t offset = (first - b.first) * b.step;
+  const index_t count = end - first;
   const bool masked = p.first_end < end || p.last_first > first;
   vf decay[NV];
-  score(p, b.keys + offset, b.step, dim, end - first, scale, scores);
-  soften(p, first, end - first, masked, scores, decay);
-  add_values(p, b.values + offset, b.step, dim, end - first, scores, decay, masked && !b.finite);
+  score(p, b.keys + skipped * W::K * b.step, b.step, dim, count, scale, scores);
+  soften(p, first, count, masked, scores, decay);
+  const auto* weights = weigh(scores, count, b.values);
+  const bool exactly = !b.finite && (masked || count % W::K);
+  add_values(p, b.values + skipped * b.step, b.step, dim, count, weights, decay, exactly);
 }
 
 // Rows [LANES][dim] to `to` [dim][NR], or their pairs to [dim / 2][NR].
@@ -247,14 +292,15 @@ index_t next_run(const Call& c, const Task& t, index_t& row, index_t& key) {
 
 template <class T>
 void many_rows(const Call& c, const Task& t) {
-  using W = Scores<T>;
+  using W = Products<T>;
   // Not a power of two, to spread over the cache's sets.
   const index_t step = round_up(c.dim, 16) + 16, size = round_up(c.dim, LANES) * NR;
   const index_t panels = ceil_div(t.rows * c.group(), NR);
   float* scores = scratch.get<float>(KEYS * NR + 2 * KEYS * step + (2 * panels + 1) * size);
-  float *values = scores + KEYS * NR, *sums = values + KEYS * step, *outs = sums + panels * size;
+  float *sums = scores + KEYS * NR, *outs = sums + panels * size;
   auto* keys = reinterpret_cast<typename W::A*>(outs + size);
-  auto* queries = reinterpret_cast<typename W::B*>(keys + KEYS * step);
+  auto* values = keys + KEYS * step;
+  auto* queries = reinterpret_cast<typename W::B*>(values + KEYS * step);
   static thread_local std::vector<Panel<W>> all;
   all.resize(size_t(panels));
   for (index_t i = 0; i < panels; ++i) {
@@ -265,9 +311,9 @@ void many_rows(const Call& c, const Task& t) {
   index_t row = t.row, key = t.first;
   while (const index_t count = next_run(c, t, row, key)) {
     find(c, t, c.keys, key, count, rows);
-    copy(rows, count, c.dim, step, keys);
+    copy_keys(rows, count, c.dim, step, keys);
     find(c, t, c.values, key, count, rows);
-    const bool finite = widen(rows, count, c.dim, step, values);
+    const bool finite = copy_values(rows, count, c.dim, step, values);
     const Block<W> block{key, count, step, keys, values, finite};
     for (Panel<W>& p : all) attend(p, block, c.dim, float(c.scale), scores);
     key += count;
