@@ -76,7 +76,7 @@ def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_onednn_multiplies(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not native.ONEDNN:
         pytest.skip("this processor has no instructions for bfloat16")
     weight, bias = torch.randn(65, 51).to(dtype)[:, 1:], torch.randn(65).to(dtype)
     packed = PackedWeight(weight, _onednn(weight))

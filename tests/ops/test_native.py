@@ -30,6 +30,15 @@ def test_ranks_keep_to_what_all_can_run() -> None:
     assert native.lib is None and native.isa == "torch" and "slower" in native.reason
 
 
+def test_onednn_multiplies_where_it_is_the_fastest_that_all_have() -> None:
+    native.agree([[*BUILDS, "onednn", "matrix"], [*BUILDS, "onednn"]])
+    assert not native.onednn
+    native.agree([[*BUILDS, "onednn", "matrix"]] * 2)
+    assert native.onednn == native.ONEDNN
+    native.agree([["onednn"], [*BUILDS, "onednn"]])
+    assert native.onednn == native.ONEDNN
+
+
 def test_a_build_that_does_not_load_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise OSError(f"{name}: undefined symbol")

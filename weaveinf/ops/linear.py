@@ -48,7 +48,6 @@ def pack(weight: Tensor, wide: bool = False) -> PackedWeight:
     """
     if weight.device.type == "cpu" and weight.dtype in native.DTYPES:
         if weight.dtype == torch.bfloat16 and native.onednn and not wide:
-            # AMX's and Arm's matrix instructions: oneDNN's kernels know them.
             return PackedWeight(weight, _onednn(weight))
         if native.lib is not None:
             panels, (n, k) = _panels(weight, native.lib), weight.shape

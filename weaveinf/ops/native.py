@@ -84,7 +84,7 @@ def load(name: str) -> ctypes.CDLL:
 
 
 def _choose(names: Sequence[str]) -> tuple[ctypes.CDLL | None, str, str]:
-    cost = "bfloat16 runs several times slower on torch's own CPU paths; reinstall with g++ or clang++"
+    cost = "without AVX-512 bfloat16 runs several times slower on torch's paths; get g++ or clang++"
     if not names:
         return None, "torch", f"no CPU kernels were compiled for this {platform.machine()}: {cost}"
     try:
@@ -94,10 +94,10 @@ def _choose(names: Sequence[str]) -> tuple[ctypes.CDLL | None, str, str]:
 
 
 def abilities() -> list[str]:
-    """What this process could run its products on: the loadable builds, best first, and "onednn" where
-    oneDNN multiplies bfloat16 by matrix instructions."""
+    """What this process could run its products on: the loadable builds, best first, "onednn" where oneDNN
+    has instructions for bfloat16, and "matrix" where these are matrix instructions."""
     builds = [name for name in runnable() if _choose([name])[0] is not None]
-    return builds + ["onednn"] * ONEDNN
+    return builds + ["onednn"] * ONEDNN + ["matrix"] * _MATRIX
 
 
 def agree(of_all_ranks: Sequence[Sequence[str]]) -> None:
@@ -106,16 +106,20 @@ def agree(of_all_ranks: Sequence[Sequence[str]]) -> None:
     Weights that were packed before stay as they are.
     """
     global lib, isa, reason, onednn
-    onednn = ONEDNN and all("onednn" in words for words in of_all_ranks)
-    lib, isa, reason = _choose([b for b in runnable() if all(b in words for words in of_all_ranks)])
+
+    def all_have(ability: str) -> bool:
+        return all(ability in words for words in of_all_ranks)
+
+    lib, isa, reason = _choose([build for build in runnable() if all_have(build)])
+    onednn = ONEDNN and all_have("onednn") and (lib is None or all_have("matrix"))
 
 
 lib: ctypes.CDLL | None
 isa: str
 reason: str
 lib, isa, reason = _choose(runnable())
+ONEDNN: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_MATRIX = "amx_bf16" in _flags() or platform.machine() == "aarch64"
 # With AVX-512, csrc/cpu/gemm.cpp is as fast for many rows, faster for few (bench/linear.py), and can share.
-ONEDNN: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
-    "amx_bf16" in _flags() or platform.machine() == "aarch64"
-)
-onednn = ONEDNN
+onednn = ONEDNN and (lib is None or _MATRIX)
+"""Whether oneDNN multiplies bfloat16."""
