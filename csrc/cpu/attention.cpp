@@ -1,5 +1,5 @@
-// Attention over a paged cache, online softmax over blocks of keys, in float32: the call is cut into tasks,
-// among them shares of the keys where rows are few and keys are many, whose outcomes are then merged.
+// Attention over a paged cache, online softmax over blocks of keys, sums in float32: the call is cut into
+// tasks, among them shares of the keys where rows are few and keys are many, whose outcomes are then merged.
 
 #include <utility>
 #include <vector>
