@@ -57,7 +57,7 @@ class BuildKernels(build_ext):
             for level, flags in LEVELS.get(platform.machine(), {}).items()
         }
         if shared := sorted(SOURCES.glob("shm*.cpp")):
-            libraries["libweaveinf_shm.so"] = (shared, ["-lrt", "-pthread"])
+            libraries["libweaveinf_shm.so"] = (shared, ["-O3", "-lrt", "-pthread"])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [
                 pool.submit(compile_library, compiler, sources, flags, target / name)

@@ -35,7 +35,7 @@ struct Task {
   index_t partial_floats(const Call& c) const { return rows * heads(c) * (c.dim + 2); }
 };
 
-constexpr index_t KEYS = 64;  // keys in a block: K and V as float32 stay in the second-level cache
+constexpr index_t KEYS = 64;  // keys in a block: K and V stay in the second-level cache
 constexpr float NEVER = -__builtin_inff();
 
 thread_local Scratch scratch;

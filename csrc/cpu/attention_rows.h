@@ -1,7 +1,7 @@
 // Attention of many rows of a sequence.
 //
 // The rows, each with the query heads of its KV head, lie in the lanes of panels [dim][NR]. Scores and outputs
-// are computed transposed, keys and dims in the place of rows: so keys and values are read as they lie, and
+// are computed transposed, keys and dims in the place of rows: so neither keys nor values are turned, and
 // softmax needs no sum across lanes.
 #pragma once
 

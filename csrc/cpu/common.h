@@ -141,7 +141,7 @@ INLINE vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  vi exponent = ((vi)biased - 0x4b400000 + 127) << 23;
+  vu exponent = ((vu)biased - 0x4b400000u + 127u) << 23;
   vf y = p * (vf)exponent;
   return x < -87.0f ? vf{} : y;
 }

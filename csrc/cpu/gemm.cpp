@@ -11,11 +11,14 @@ namespace weave {
 namespace {
 
 constexpr index_t KC = 384;        // values of k in a block: a panel's slice stays in the first-level cache
-constexpr index_t AS = KC + 16;    // row stride of a block of x; not a power of two, to spread over the sets
 constexpr index_t MC = 192;        // rows in a block: MC * KC floats stay in the second-level cache
 constexpr index_t NC = 1024;       // columns in a task, so that its float32 sums stay near
 constexpr index_t FEW_ROWS = 16;   // up to here the weights are read once and widened in registers,
 constexpr index_t FEW = 1 << 16;   // and up to here in floats of x, which fit the second-level cache
+
+// Row stride of a block of x, as floats or as pairs; not a power of two, to spread over the sets.
+template <class A>
+constexpr index_t AS = (std::is_same_v<A, float> ? KC : KC / 2) + 16;
 
 thread_local Scratch rows_scratch, sums_scratch, panel_scratch;
 
@@ -73,7 +76,7 @@ INLINE void write_rows(const Output& out, index_t row, index_t column, const vf 
 // missing last k of a pair as zero.
 template <class T>
 void copy_rows(const T* x, index_t ldx, index_t rows, index_t kc, float* to) {
-  for (index_t r = 0; r < rows; ++r, x += ldx, to += AS) {
+  for (index_t r = 0; r < rows; ++r, x += ldx, to += AS<float>) {
     index_t i = 0;
     for (; i + LANES <= kc; i += LANES) store(to + i, load_floats(x + i));
     for (; i < kc; ++i) to[i] = to_float(x[i]);
@@ -83,7 +86,7 @@ void copy_rows(const T* x, index_t ldx, index_t rows, index_t kc, float* to) {
 
 [[maybe_unused]] void copy_rows(const bf16* x, index_t ldx, index_t rows, index_t kc,
                                 uint32_t* to) {
-  for (index_t r = 0; r < rows; ++r, x += ldx, to += AS) {
+  for (index_t r = 0; r < rows; ++r, x += ldx, to += AS<uint32_t>) {
     if (kc & 1) to[kc / 2] = x[kc - 1];
     __builtin_memcpy(to, x, size_t(kc & ~index_t(1)) * 2);
   }
@@ -103,10 +106,10 @@ void few_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output&
               index_t to) {
   using A = typename W::A;
   const index_t blocks = ceil_div(w.k, KC);
-  A* rows = rows_scratch.get<A>(blocks * m * AS);
+  A* rows = rows_scratch.get<A>(blocks * m * AS<A>);
   for (index_t b = 0; b < blocks; ++b) {
     index_t kc = w.k - b * KC < KC ? w.k - b * KC : KC;
-    copy_rows(x + b * KC, ldx, m, kc, rows + b * m * AS);
+    copy_rows(x + b * KC, ldx, m, kc, rows + b * m * AS<A>);
   }
   const Groups groups(m, most_rows<W>());
   constexpr index_t STEP = NR * sizeof(typename W::B);
@@ -119,12 +122,12 @@ void few_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output&
         constexpr int M = size;
         constexpr int P = sets<W>(M);
         vf sums[P][M][NV] = {};
-        const A* a = rows + row * AS;
+        const A* a = rows + row * AS<A>;
         const typename W::B* panel = w.panel<W>(p);
-        for (index_t k = 0; k < w.k; k += KC, a += m * AS, panel += KC / W::K * NR) {
+        for (index_t k = 0; k < w.k; k += KC, a += m * AS<A>, panel += KC / W::K * NR) {
           index_t kc = w.k - k < KC ? w.k - k : KC;
           const index_t steps = ceil_div(kc, W::K);
-          multiply<W, M, P>(sums, a, AS, 1, panel, NR, steps, ahead);
+          multiply<W, M, P>(sums, a, AS<A>, 1, panel, NR, steps, ahead);
           ahead.at += steps * ahead.pace;
         }
         fold<M, P>(sums);
@@ -157,11 +160,12 @@ struct Slices {
 template <class W, class I>
 void many_rows(const Weight& w, const typename I::A* rows, index_t m, const Output& block_out, index_t from,
                index_t to) {
+  using A = typename I::A;
   const index_t kc_even = Slices(w.k).size;
   float* sums = sums_scratch.get<float>(m * (to - from) * NR);
   float* widened = panel_scratch.get<float>(KC * NR + NR);
   const Groups groups(m, MR);
-  for (index_t k = 0; k < w.k; k += kc_even, rows += m * AS) {
+  for (index_t k = 0; k < w.k; k += kc_even, rows += m * AS<A>) {
     const index_t kc = w.k - k < kc_even ? w.k - k : kc_even;
     const bool first = k == 0, last = k + kc == w.k;
     for (index_t p = from; p < to; ++p) {
@@ -184,7 +188,7 @@ void many_rows(const Weight& w, const typename I::A* rows, index_t m, const Outp
             UNROLL for (int v = 0; v < NV; ++v)
               acc[0][r][v] = first ? vf{} : load<vf>(kept + r * NR + v * LANES);
           }
-          multiply<I, M, 1>(acc, rows + row * AS, AS, 1, b, NR, steps, ahead);
+          multiply<I, M, 1>(acc, rows + row * AS<A>, AS<A>, 1, b, NR, steps, ahead);
           ahead.at += steps * ahead.pace;
           if (last) {
             write_rows<M>(block_out, row, p * NR, acc[0]);
@@ -215,11 +219,11 @@ struct Tiles {
     const index_t block = i / chunks, chunk = i % chunks;
     const index_t row = part(m, row_blocks, block), count = part(m, row_blocks, block + 1) - row;
     const Slices slices(w.k);
-    A* rows = rows_scratch.get<A>(slices.count * count * AS);
+    A* rows = rows_scratch.get<A>(slices.count * count * AS<A>);
     if (block != copied) {
       for (index_t k = 0, s = 0; k < w.k; k += slices.size, ++s)
         copy_rows(x + row * ldx + k, ldx, count, w.k - k < slices.size ? w.k - k : slices.size,
-                  rows + s * count * AS);
+                  rows + s * count * AS<A>);
       copied = block;
     }
     Output to = out;

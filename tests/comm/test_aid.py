@@ -25,9 +25,10 @@ def aided(ranks: Ranks, dtype: torch.dtype) -> tuple[Aid | None, SharedSeam, lis
     seam = make_seam(ranks, MAX_ROWS, HIDDEN, dtype)
     assert isinstance(seam, SharedSeam)
     random = torch.Generator().manual_seed(ranks.rank)
-    weights = [
-        pack(torch.randn(HIDDEN, width + 2 * ranks.rank, generator=random).to(dtype)) for width in WIDTHS
-    ]
+    with mock.patch.object(native, "onednn", False):  # whose products are not shared
+        weights = [
+            pack(torch.randn(HIDDEN, width + 2 * ranks.rank, generator=random).to(dtype)) for width in WIDTHS
+        ]
     with mock.patch.object(os, "sched_getaffinity", return_value=range(8)):
         return aid(ranks, MAX_ROWS, weights, [seam]), seam, weights
 

@@ -161,7 +161,7 @@ def silent(ranks: Ranks, port: int) -> str:
             time.sleep(1.0)
         seam.open(8)
         began = time.monotonic()
-        seam.start(Joint(torch.ones(32, dtype=torch.bfloat16), 1e-5))
+        seam.start(Joint(torch.ones(32), 1e-5))
         with pytest.raises((RankDied, TimeoutError)) as caught:
             seam.finish()
         assert time.monotonic() - began < NOTICED_S

@@ -132,18 +132,28 @@ def test_few_rows_of_a_long_context_are_shared_by_threads(
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("at", [20, 21])
+@pytest.mark.parametrize("heads", [3, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_only_rows_that_read_a_value_see_it(
-    monkeypatch: pytest.MonkeyPatch, build: str, bad: float, window: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    build: str,
+    bad: float,
+    window: int | None,
+    at: int,
+    heads: int,
+    dtype: torch.dtype,
 ) -> None:
-    """A slot's NaN or infinity reaches the rows from its position on, while it is in their window."""
+    """A slot's NaN or infinity reaches the rows from its position on, while it is in their window. With 32
+    heads all lanes are of one row, so nothing is masked."""
     use(monkeypatch, build)
     torch.manual_seed(2)
-    case = Case([list(range(40))], (3, 1, 20, 8), torch.float32, window)
+    case = Case([list(range(40))], (heads, 1, 20, 8), dtype, window)
     want = case.want()
-    case.pools[1].view(-1, 1, 20)[case.slots(0, torch.tensor([21]))] = bad
+    case.pools[1].view(-1, 1, 20)[case.slots(0, torch.tensor([at]))] = bad
     got = case.got()
     reach = torch.zeros(40, dtype=torch.bool)
-    reach[21 : 40 if window is None else 21 + window] = True
+    reach[at : 40 if window is None else at + window] = True
     case.close(got[~reach], want[~reach])
     assert not got[reach].isfinite().any()
 

@@ -15,7 +15,7 @@ pytestmark = needs_kernels
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     yield
-    native.agree([[*BUILDS, "onednn"]])
+    native.agree([native.abilities()])
     assert native.isa == BUILDS[0]
 
 

@@ -49,4 +49,4 @@ def _objection(ranks: Ranks, dtype: torch.dtype) -> str:
         return f"more than {MAX_RANKS} ranks on a host"
     if dtype not in native.DTYPES:
         return f"no shared-memory kernel for {dtype}"
-    return segment.reason or native.reason
+    return segment.reason or (native.reason if len(ranks.hosts) == 1 else "")

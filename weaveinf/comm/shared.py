@@ -107,6 +107,8 @@ class SharedSeam:
 
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`."""
+        if joint.weight.dtype != self._x.dtype:
+            raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {self._x.dtype}")
         self._began = time.monotonic()
         if kept is None:
             where, rows = None, self._rows

@@ -69,8 +69,8 @@ def _choices(size: int) -> dict[str, Any]:
         seam = "local: one rank has nothing to sum"
     elif torch.cuda.is_available():
         seam = "collective over NCCL"
-    elif segment.reason:
-        seam = f"collective over gloo: {segment.reason}"
+    elif reason := segment.reason or native.reason:
+        seam = f"collective over gloo: {reason}"
     elif size > segment.MAX_RANKS:
         seam = f"collective over gloo: shared memory takes up to {segment.MAX_RANKS} ranks"
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from weaveinf.ops import native
 
 _CALL = struct.Struct("7P13nd")
-"""`Call` in csrc/cpu/attention.cpp."""
+"""`Call` in csrc/cpu/attention.h."""
 _NO_WINDOW = 2**31
 
 

@@ -86,7 +86,10 @@ def load(name: str) -> ctypes.CDLL:
 def _choose(names: Sequence[str]) -> tuple[ctypes.CDLL | None, str, str]:
     cost = "without AVX-512 bfloat16 runs several times slower on torch's paths; get g++ or clang++"
     if not names:
-        return None, "torch", f"no CPU kernels were compiled for this {platform.machine()}: {cost}"
+        missing = f"no CPU kernels were compiled for this {platform.machine()}"
+        if runnable():
+            missing = "the ranks' processors have no build of the CPU kernels in common"
+        return None, "torch", f"{missing}: {cost}"
     try:
         return load(names[0]), names[0], ""
     except (OSError, AttributeError) as error:

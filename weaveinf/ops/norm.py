@@ -82,8 +82,10 @@ def add_rms_norm(
     """The arithmetic of a seam: residual = round(residual + scale * sum(partials)); out = norm(residual).
 
     partials: [R, D] each, summed in float32 in the order given; residual: [R, D], updated in place;
-    the norm reads the rounded residual. Returns out [R, D]. All are contiguous.
+    the norm reads the rounded residual. Returns out [R, D]. All are contiguous and of one dtype.
     """
+    if weight.dtype != residual.dtype:
+        raise ValueError(f"a norm in {weight.dtype} behind sums in {residual.dtype}")
     if residual.is_cuda:
         from weaveinf.ops import triton_elementwise
 
