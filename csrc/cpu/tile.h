@@ -73,8 +73,8 @@ struct Dots {  // the panel of Pairs, the rows in bfloat16 too: the hardware's d
 };
 
 // Memory wanted soon, and how many bytes of it per step. Steps of few rows go from load to load so fast that
-// the hardware fetches ahead by itself (Zen 4: up to a third faster, from 8 rows on a fifth slower); it then
-// needs the buffers that our fetches would take, of which one in four lines is left.
+// the hardware fetches ahead by itself (so on Zen 4, up to 4 rows); it then needs the buffers that our fetches
+// would take, of which one line in four is left.
 struct Ahead {
   const char* at = nullptr;
   index_t pace = 0;
