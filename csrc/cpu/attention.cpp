@@ -113,11 +113,11 @@ void attention(const Call& c) {
 }  // namespace
 }  // namespace weave
 
-extern "C" void weave_attention(const void* packed) {
-  weave::Call c;
-  __builtin_memcpy(&c, packed, sizeof c);
+extern "C" int weave_attention(const void* packed) {
+  const auto c = weave::unpack<weave::Call>(packed);
   if (c.dtype == weave::BFLOAT16)
     weave::attention<weave::bf16>(c);
   else
     weave::attention<float>(c);
+  return 0;
 }

@@ -282,51 +282,79 @@ extern "C" index_t weave_packed_bytes(index_t n, index_t k, index_t dtype) {
   return round_up(n, NR) * (dtype == BFLOAT16 ? round_up(k, 2) * 2 : k * 4);
 }
 
+struct Pack {
+  const void* weight;
+  index_t ld, n, k, dtype;
+  void* packed;
+  index_t threads;
+};
+
 // weight [n, k] with row stride ld -> panels. Columns past n are zero.
-extern "C" void weave_pack(const void* weight, index_t ld, index_t n, index_t k, index_t dtype,
-                           void* packed, index_t threads) {
-  const index_t width = dtype == BFLOAT16 ? 2 : 1, steps = ceil_div(k, width);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (index_t p = 0; p < ceil_div(n, NR); ++p) {
+extern "C" int weave_pack(const void* packed) {
+  const auto c = unpack<Pack>(packed);
+  const index_t width = c.dtype == BFLOAT16 ? 2 : 1, steps = ceil_div(c.k, width);
+#pragma omp parallel for num_threads(int(c.threads)) if (c.threads > 1)
+  for (index_t p = 0; p < ceil_div(c.n, NR); ++p) {
     for (index_t s = 0; s < steps; ++s) {
-      for (index_t c = 0; c < NR * width; ++c) {
-        const index_t row = p * NR + c / width, column = s * width + c % width;
-        const index_t to = (p * steps + s) * NR * width + c;
-        const bool exists = row < n && column < k;
-        if (dtype == BFLOAT16)
-          static_cast<bf16*>(packed)[to] = exists ? static_cast<const bf16*>(weight)[row * ld + column] : 0;
+      for (index_t i = 0; i < NR * width; ++i) {
+        const index_t row = p * NR + i / width, column = s * width + i % width;
+        const index_t to = (p * steps + s) * NR * width + i, from = row * c.ld + column;
+        const bool exists = row < c.n && column < c.k;
+        if (c.dtype == BFLOAT16)
+          static_cast<bf16*>(c.packed)[to] = exists ? static_cast<const bf16*>(c.weight)[from] : 0;
         else
-          static_cast<float*>(packed)[to] =
-              exists ? static_cast<const float*>(weight)[row * ld + column] : 0;
+          static_cast<float*>(c.packed)[to] = exists ? static_cast<const float*>(c.weight)[from] : 0;
       }
     }
   }
+  return 0;
 }
 
+struct Linear {
+  const void* panels;
+  index_t n, k, dtype;
+  const void* x;
+  index_t ldx, m;
+  const void* bias;
+  void* out;
+  index_t ldo, out_dtype, threads;
+};
+
 // out [m, n] = x [m, k] W^T + bias. x and bias have the weight's dtype.
-extern "C" void weave_linear(const void* packed, index_t n, index_t k, index_t dtype, const void* x,
-                             index_t ldx, index_t m, const void* bias, void* out, index_t ldo,
-                             index_t out_dtype, index_t threads) {
-  const Weight w{packed, n, k};
-  const Output to{out, ldo, n, bias, dtype == BFLOAT16, out_dtype == BFLOAT16};
-  if (dtype == FLOAT32)
-    multiply_all<Floats, Floats>(w, static_cast<const float*>(x), ldx, m, to, int(threads));
+extern "C" int weave_linear(const void* packed) {
+  const auto c = unpack<Linear>(packed);
+  const Weight w{c.panels, c.n, c.k};
+  const Output to{c.out, c.ldo, c.n, c.bias, c.dtype == BFLOAT16, c.out_dtype == BFLOAT16};
+  if (c.dtype == FLOAT32)
+    multiply_all<Floats, Floats>(w, static_cast<const float*>(c.x), c.ldx, c.m, to, int(c.threads));
   else if constexpr (HAS_DOT)
-    multiply_all<Dots, Dots>(w, static_cast<const bf16*>(x), ldx, m, to, int(threads));
+    multiply_all<Dots, Dots>(w, static_cast<const bf16*>(c.x), c.ldx, c.m, to, int(c.threads));
   else
-    multiply_all<Pairs, Floats>(w, static_cast<const bf16*>(x), ldx, m, to, int(threads));
+    multiply_all<Pairs, Floats>(w, static_cast<const bf16*>(c.x), c.ldx, c.m, to, int(c.threads));
+  return 0;
 }
+
+struct LinearTiles {
+  int64_t* next;
+  const void* panels;
+  index_t n, k, dtype;
+  const void* x;
+  index_t m;
+  void* out;
+  index_t ldo, threads;
+};
 
 // The tiles that are left of a product of many rows, x [m, k] dense: `next` counts those that were taken, by
 // this process or by others that share its memory.
-extern "C" void weave_linear_tiles(int64_t* next, const void* packed, index_t n, index_t k, index_t dtype,
-                                   const void* x, index_t m, void* out, index_t ldo, index_t threads) {
-  const Weight w{packed, n, k};
-  const Output to{out, ldo, n, nullptr, false, dtype == BFLOAT16};
-  if (dtype == FLOAT32)
-    take_tiles<Floats, Floats>(next, w, static_cast<const float*>(x), k, m, to, int(threads));
+extern "C" int weave_linear_tiles(const void* packed) {
+  const auto c = unpack<LinearTiles>(packed);
+  const Weight w{c.panels, c.n, c.k};
+  const Output to{c.out, c.ldo, c.n, nullptr, false, c.dtype == BFLOAT16};
+  if (c.dtype == FLOAT32)
+    take_tiles<Floats, Floats>(c.next, w, static_cast<const float*>(c.x), c.k, c.m, to, int(c.threads));
   else if constexpr (HAS_DOT)
-    take_tiles<Dots, Dots>(next, w, static_cast<const bf16*>(x), k, m, to, int(threads));
+    take_tiles<Dots, Dots>(c.next, w, static_cast<const bf16*>(c.x), c.k, c.m, to, int(c.threads));
   else
-    take_tiles<Pairs, Floats>(next, w, static_cast<const bf16*>(x), k, m, to, int(threads));
+    take_tiles<Pairs, Floats>(c.next, w, static_cast<const bf16*>(c.x), c.k, c.m, to, int(c.threads));
+  return 0;
 }

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "common.h"
+#include "sum_norm.h"
 
 namespace weave {
 namespace {
@@ -171,55 +172,129 @@ static void with_type(index_t dtype, F&& f) {
     f(static_cast<float*>(nullptr));
 }
 
+struct Norm {
+  const void* x;
+  index_t row_stride, head_stride;
+  const void* weight;
+  void* out;
+  index_t out_row, out_head, rows, heads, dim;
+  double eps, offset;
+  index_t dtype, threads;
+};
+
 // x, out [rows, heads, dim], the last dim contiguous, strides in elements; weight [dim].
-extern "C" void weave_rms_norm(const void* x, index_t row_stride, index_t head_stride, const void* weight,
-                               void* out, index_t out_row, index_t out_head, index_t rows, index_t heads,
-                               index_t dim, float eps, float offset, index_t dtype, index_t threads) {
-  with_type(dtype, [&](auto* type) {
+extern "C" int weave_rms_norm(const void* packed) {
+  const auto c = unpack<Norm>(packed);
+  with_type(c.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    rms_norm(static_cast<const T*>(x), row_stride, head_stride, static_cast<const T*>(weight),
-             static_cast<T*>(out), out_row, out_head, rows, heads, dim, eps, offset, threads);
+    rms_norm(static_cast<const T*>(c.x), c.row_stride, c.head_stride, static_cast<const T*>(c.weight),
+             static_cast<T*>(c.out), c.out_row, c.out_head, c.rows, c.heads, c.dim, float(c.eps),
+             float(c.offset), c.threads);
   });
+  return 0;
 }
 
 // partials: `count` pointers to contiguous [rows, dim]; residual, out: contiguous [rows, dim].
-extern "C" void weave_add_rms_norm(const void* partials, index_t count, void* residual, const void* weight,
-                                   void* out, index_t rows, index_t dim, float eps, float offset,
-                                   float scale, index_t dtype, index_t threads) {
-  with_type(dtype, [&](auto* type) {
+extern "C" int weave_add_rms_norm(const void* packed) {
+  const auto c = unpack<SumNorm>(packed);
+  const void* partials = static_cast<const char*>(packed) + sizeof c;
+  with_type(c.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto run = scale == 1.0f ? add_rms_norm<false, T> : add_rms_norm<true, T>;
-    run(static_cast<const T* const*>(partials), count, static_cast<T*>(residual),
-        static_cast<const T*>(weight), static_cast<T*>(out), rows, dim, eps, offset, scale, threads);
+    const auto run = c.scale == 1 ? add_rms_norm<false, T> : add_rms_norm<true, T>;
+    run(static_cast<const T* const*>(partials), c.count, static_cast<T*>(c.residual),
+        static_cast<const T*>(c.weight), static_cast<T*>(c.out), c.rows, c.dim, float(c.eps), float(c.offset),
+        float(c.scale), c.threads);
   });
+  return 0;
 }
+
+struct Zero {
+  void* x;
+  index_t bytes;
+};
+
+extern "C" int weave_zero(const void* packed) {
+  const auto c = unpack<Zero>(packed);
+  __builtin_memset(c.x, 0, size_t(c.bytes));
+  return 0;
+}
+
+struct Embed {
+  const int64_t* ids;
+  const char* table;
+  char* out;
+  index_t rows, first, count, bytes, threads;
+};
+
+// out [rows]: rows of `bytes` bytes of the table, which holds the ids first to first + count - 1; zeros for
+// other ids.
+extern "C" int weave_embed(const void* packed) {
+  const auto c = unpack<Embed>(packed);
+  for_rows(c.rows, c.bytes, c.threads, [&](index_t r) {
+    const index_t id = c.ids[r] - c.first;
+    if (id >= 0 && id < c.count)
+      __builtin_memcpy(c.out + r * c.bytes, c.table + id * c.bytes, size_t(c.bytes));
+    else
+      __builtin_memset(c.out + r * c.bytes, 0, size_t(c.bytes));
+  });
+  return 0;
+}
+
+struct Rope {
+  void* x;
+  index_t row_stride, head_stride, rows, heads, rot_dim;
+  const float* cos_sin;
+  const int32_t* positions;
+  index_t dtype, threads;
+};
 
 // x [rows, heads, >= rot_dim] in place; cos_sin [positions, rot_dim].
-extern "C" void weave_rope(void* x, index_t row_stride, index_t head_stride, index_t rows, index_t heads,
-                           index_t rot_dim, const float* cos_sin, const int32_t* positions, index_t dtype,
-                           index_t threads) {
-  with_type(dtype, [&](auto* type) {
+extern "C" int weave_rope(const void* packed) {
+  const auto c = unpack<Rope>(packed);
+  with_type(c.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    rope(static_cast<T*>(x), row_stride, head_stride, rows, heads, rot_dim, cos_sin, positions, threads);
+    rope(static_cast<T*>(c.x), c.row_stride, c.head_stride, c.rows, c.heads, c.rot_dim, c.cos_sin, c.positions,
+         c.threads);
   });
+  return 0;
 }
+
+struct WriteKv {
+  const char* k;
+  index_t k_stride;
+  const char* v;
+  index_t v_stride;
+  char *keys, *values;
+  const int32_t* slots;
+  index_t rows, bytes, threads;
+};
 
 // k, v: rows of `bytes` bytes, their strides in bytes; pools: slots of `bytes` bytes.
-extern "C" void weave_write_kv(const char* k, index_t k_stride, const char* v, index_t v_stride, char* keys,
-                               char* values, const int32_t* slots, index_t rows, index_t bytes,
-                               index_t threads) {
-  for_rows(rows, bytes, threads, [&](index_t r) {
-    if (slots[r] < 0) return;
-    __builtin_memcpy(keys + slots[r] * bytes, k + r * k_stride, size_t(bytes));
-    __builtin_memcpy(values + slots[r] * bytes, v + r * v_stride, size_t(bytes));
+extern "C" int weave_write_kv(const void* packed) {
+  const auto c = unpack<WriteKv>(packed);
+  for_rows(c.rows, c.bytes, c.threads, [&](index_t r) {
+    if (c.slots[r] < 0) return;
+    const index_t at = c.slots[r] * c.bytes;
+    __builtin_memcpy(c.keys + at, c.k + r * c.k_stride, size_t(c.bytes));
+    __builtin_memcpy(c.values + at, c.v + r * c.v_stride, size_t(c.bytes));
   });
+  return 0;
 }
 
+struct SiluMul {
+  const void* gate_up;
+  index_t stride;
+  void* out;
+  index_t out_stride, rows, inner, dtype, threads;
+};
+
 // gate_up [rows, 2 * inner], out [rows, inner]; strides in elements.
-extern "C" void weave_silu_mul(const void* gate_up, index_t stride, void* out, index_t out_stride,
-                               index_t rows, index_t inner, index_t dtype, index_t threads) {
-  with_type(dtype, [&](auto* type) {
+extern "C" int weave_silu_mul(const void* packed) {
+  const auto c = unpack<SiluMul>(packed);
+  with_type(c.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    silu_mul(static_cast<const T*>(gate_up), stride, static_cast<T*>(out), out_stride, rows, inner, threads);
+    silu_mul(static_cast<const T*>(c.gate_up), c.stride, static_cast<T*>(c.out), c.out_stride, c.rows, c.inner,
+             c.threads);
   });
+  return 0;
 }

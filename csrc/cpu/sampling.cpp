@@ -56,16 +56,26 @@ INLINE void draw_row(const float* x, index_t n, index_t start, float temperature
 
 }  // namespace
 
+struct Draw {
+  const float* scores;
+  index_t stride, rows, n, start;
+  const float* temperatures;
+  const uint32_t* keys;
+  float* out;
+  index_t threads;
+};
+
 // scores float32 [rows, n] with a row stride, of the ids from `start` on; temperatures [rows] (0: neither
 // divided nor with noise; null: none is) and keys [rows, 2] -> out [2, rows]: values and ids.
-extern "C" void weave_draw(const float* scores, index_t stride, index_t rows, index_t n, index_t start,
-                           const float* temperatures, const uint32_t* keys, float* out, index_t threads) {
-#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows * n >= WORTH_A_TEAM)
-  for (index_t r = 0; r < rows; ++r) {
-    const float* x = scores + r * stride;
-    if (temperatures && temperatures[r] > 0)
-      draw_row<true>(x, n, start, temperatures[r], keys + 2 * r, out + r, out + rows + r);
+extern "C" int weave_draw(const void* packed) {
+  const auto c = unpack<Draw>(packed);
+#pragma omp parallel for num_threads(int(c.threads)) if (c.threads > 1 && c.rows * c.n >= WORTH_A_TEAM)
+  for (index_t r = 0; r < c.rows; ++r) {
+    const float* x = c.scores + r * c.stride;
+    if (c.temperatures && c.temperatures[r] > 0)
+      draw_row<true>(x, c.n, c.start, c.temperatures[r], c.keys + 2 * r, c.out + r, c.out + c.rows + r);
     else
-      draw_row<false>(x, n, start, 1, nullptr, out + r, out + rows + r);
+      draw_row<false>(x, c.n, c.start, 1, nullptr, c.out + r, c.out + c.rows + r);
   }
+  return 0;
 }

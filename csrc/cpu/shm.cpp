@@ -18,6 +18,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "sum_norm.h"
+
 namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a futex waits on the low half of a counter");
@@ -262,16 +264,11 @@ int weaveinf_channel_take(Channel* c, int64_t* out, int64_t n) {
 
 // ---- seam -----------------------------------------------------------------------------------------------
 
-// weave_add_rms_norm of the build that all ranks chose.
-using Norm = void (*)(const void* partials, ptrdiff_t count, void* residual, const void* weight, void* out,
-                      ptrdiff_t rows, ptrdiff_t dim, float eps, float offset, float scale, ptrdiff_t dtype,
-                      ptrdiff_t threads);
-
 // All ranks write their partial sums, meet, compute each its share of the rows of residual and x, and meet.
 // (That every rank computed few rows itself, behind one meeting, was slower even for one row.)
 struct Seam {
   Group group;
-  Norm norm;
+  int (*norm)(const void* packed);  // weave_add_rms_norm of the build that all ranks chose
   char* partials;   // [size][max_rows][hidden]
   char* residuals;  // [2][max_rows][hidden], the second for steps that drop rows
   char* x;          // [max_rows][hidden]
@@ -281,11 +278,32 @@ struct Seam {
   int32_t fresh;                 // the residual is zero and lies nowhere yet
 };
 
-// weight: [hidden], of the seam's dtype. weaveinf_seam_finish must be called before x is read and partials are
-// written.
-int weaveinf_seam_start(Seam* s, const int64_t* kept, int64_t n, const void* weight, float eps, float offset,
-                        float scale) {
+// The three calls of a seam take their arguments packed, as kernels do (common.h).
+struct SeamOpen {
+  Seam* seam;
+  int64_t rows;
+};
+
+int weaveinf_seam_open(const SeamOpen* c) {
+  c->seam->rows = c->rows;
+  c->seam->fresh = 1;
+  return 0;
+}
+
+struct SeamStart {
+  Seam* seam;
+  const int64_t* kept;
+  int64_t rows;
+  const void* weight;  // [hidden], of the seam's dtype
+  double eps, offset, scale;
+};
+
+// weaveinf_seam_finish must be called before x is read and partials are written.
+int weaveinf_seam_start(const SeamStart* c) {
+  Seam* s = c->seam;
   Group* g = &s->group;
+  const int64_t* kept = c->kept;
+  const int64_t n = c->rows;
   for (int64_t i = 0; kept != nullptr && i < n; ++i)
     if (kept[i] >= s->rows || kept[i] < (i ? kept[i - 1] + 1 : 0)) return problem(kBadRows, g->rank);
   if (int code = meet(g, uint64_t(n))) return code;
@@ -301,16 +319,19 @@ int weaveinf_seam_start(Seam* s, const int64_t* kept, int64_t n, const void* wei
     std::memset(residual, 0, count * row);
   else if (kept != nullptr)
     for (int64_t i = 0; i < count; ++i) std::memcpy(residual + i * row, old + kept[first + i] * row, row);
-  const char* partials[8];
-  for (int r = 0; r < g->size; ++r) partials[r] = s->partials + r * plane + first * row;
-  s->norm(partials, g->size, residual, weight, s->x + first * row, count, s->hidden, eps, offset, scale,
-          s->dtype, s->threads);
+  struct {
+    SumNorm norm;
+    const void* partials[8];
+  } sum{{g->size, residual, c->weight, s->x + first * row, count, s->hidden, c->eps, c->offset, c->scale,
+         s->dtype, s->threads}, {}};
+  for (int r = 0; r < g->size; ++r) sum.partials[r] = s->partials + r * plane + first * row;
+  s->norm(&sum);
 
   s->rows = n, s->fresh = 0;
   arrive(g, uint64_t(n));
   return 0;
 }
 
-int weaveinf_seam_finish(Seam* s) { return await_all(&s->group); }
+int weaveinf_seam_finish(Seam* const* c) { return await_all(&(*c)->group); }
 
 }  // extern "C"

@@ -47,7 +47,7 @@ def share_products(ranks: Ranks, dtype: torch.dtype, idle: int) -> None:
                 assert weight.panels is not None
                 want = torch.empty(rows, HIDDEN, dtype=dtype)
                 call = native.lib.weave_linear  # type: ignore[union-attr]
-                alone = (native.DTYPES[dtype], x.data_ptr(), weight.k, rows, None, want.data_ptr(), HIDDEN)
+                alone = (native.DTYPES[dtype], x.data_ptr(), weight.k, rows, 0, want.data_ptr(), HIDDEN)
                 call(weight.panels.data_ptr(), HIDDEN, weight.k, *alone, native.DTYPES[dtype], 1)
                 seam.open(rows)
                 out = seam.partial().fill_(torch.nan)

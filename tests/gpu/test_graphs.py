@@ -9,6 +9,7 @@ import torch
 
 from tests.models.harness import make_checkpoint
 from weaveinf import LLM, SamplingParams
+from weaveinf.weave.graphs import Graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -21,10 +22,10 @@ def test_replayed_tokens_are_those_of_eager_steps(tmp_path: Path) -> None:
     for replay in (True, False):
         with LLM(str(tmp_path), device="cuda", dtype="float32", show_progress=False) as llm:
             weaver = llm.engine.executor.worker.weaver
-            graphs = weaver._graphs
-            assert graphs is not None
+            graphs = weaver.repeated
+            assert isinstance(graphs, Graphs)
             if not replay:
-                weaver._graphs = None
+                weaver.repeated = None
             answers.append([out.token_ids for out in llm.generate(prompts, params, show_progress=False)])
             assert bool(graphs._kept) == replay
     assert answers[0] == answers[1]

@@ -7,6 +7,7 @@ import torch
 
 from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from weaveinf.ops.activation import silu_mul, silu_mul_reference
+from weaveinf.ops.embedding import embed, embed_reference, zero_
 from weaveinf.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from weaveinf.ops.rope import rope_, rope_reference_, write_kv, write_kv_reference
 from weaveinf.ops.sampling import draw, draw_reference, gumbel
@@ -65,6 +66,21 @@ def test_add_rms_norm(
         # A fused multiply-add may round the other way where two sums are one unit apart.
         close(residual, wanted, 1.0)
         close(out, rms_norm_reference(residual, weight, 1e-5, 0.5), norm_ulps(dtype, dim))
+
+
+@every_build
+@every_dtype
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_embed(monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype, count: int) -> None:
+    use(monkeypatch, build)
+    table = torch.randn(count, 33).to(dtype)
+    ids = torch.randint(0, 15, (40,))  # the table holds 4 to 4 + count - 1
+    out, want = poisoned(40, 33, dtype=dtype), poisoned(40, 33, dtype=dtype)
+    embed(ids, table, 4, out)
+    assert torch.equal(out, embed_reference(ids, table, 4, want))
+    own = (ids >= 4) & (ids < 4 + count)
+    assert torch.equal(out[own], table[ids[own] - 4]) and not out[~own].any()
+    assert not zero_(out[1:]).any() and torch.equal(out[:1], want[:1])
 
 
 @every_build

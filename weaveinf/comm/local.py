@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from weaveinf.comm.seam import Joint
+from weaveinf.ops.embedding import zero_
 from weaveinf.ops.norm import add_rms_norm
 
 
@@ -30,7 +31,7 @@ class LocalSeam:
         if rows > self._x.shape[0]:
             raise ValueError(f"{rows} rows in a seam made for {self._x.shape[0]}")
         self._rows = rows
-        self._residual[:rows].zero_()
+        zero_(self._residual[:rows])
 
     def partial(self) -> Tensor:
         """See `Seam.partial`."""

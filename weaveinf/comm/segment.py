@@ -35,13 +35,7 @@ BLAMED = 28
 SILENCE_S = 300.0
 """How long a living peer may stay silent before a wait gives up."""
 
-_P, _I64, _I32, _U64, _F = (
-    ctypes.c_void_p,
-    ctypes.c_int64,
-    ctypes.c_int32,
-    ctypes.c_uint64,
-    ctypes.c_float,
-)
+_P, _I64, _I32, _U64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint64
 
 
 class Group(ctypes.Structure):
@@ -73,8 +67,6 @@ _SIGNATURES: dict[str, list[type]] = {
     "weaveinf_channel_send": [_P, _P, _I64],
     "weaveinf_channel_length": [_P, _I64, _P],
     "weaveinf_channel_take": [_P, _P, _I64],
-    "weaveinf_seam_start": [_P, _P, _I64, _P, _F, _F, _F],
-    "weaveinf_seam_finish": [_P],
 }
 
 

@@ -13,6 +13,7 @@ from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
 from weaveinf.comm.segment import LINE, Group, check, pages, share
 from weaveinf.ops import native
+from weaveinf.ops.tape import Kernel
 
 _KEPT_VIEWS = 256
 
@@ -52,8 +53,9 @@ class SharedSeam:
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
         assert segment.lib is not None and native.lib is not None
-        self._start = segment.lib.weaveinf_seam_start
-        self._finish = segment.lib.weaveinf_seam_finish
+        self._open = Kernel(segment.lib.weaveinf_seam_open, "Pn")
+        self._start = Kernel(segment.lib.weaveinf_seam_start, "2PnP3d")
+        self._finish = Kernel(segment.lib.weaveinf_seam_finish, "P")
         self._meet = segment.lib.weaveinf_meet
         size, rank = ranks.size, ranks.rank
         item = dtype.itemsize
@@ -64,7 +66,7 @@ class SharedSeam:
         self.segment = seg = share(at[-1], rank, ranks.agree)
         self._state = _State(
             group=seg.group(0, size, ranks.silence_s, ranks.segment.address if ranks.segment else None),
-            norm=ctypes.cast(native.lib.weave_add_rms_norm, _P),
+            norm=native.lib.weave_add_rms_norm.address,
             partials=seg.address + at[0],
             residuals=seg.address + at[1],
             x=seg.address + at[2],
@@ -88,8 +90,8 @@ class SharedSeam:
         """See `Seam.open`."""
         if rows > self._max_rows:
             raise ValueError(f"{rows} rows in a seam made for {self._max_rows}")
-        self._rows = self._state.rows = rows
-        self._state.fresh = 1
+        self._rows = rows
+        self._open(self._address, rows)
 
     def _view(self, which: int, of: Tensor) -> Tensor:
         """The first rows of a buffer; small numbers of rows come again and again: kept are their views."""
@@ -111,7 +113,7 @@ class SharedSeam:
             raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {self._x.dtype}")
         self._began = time.monotonic()
         if kept is None:
-            where, rows = None, self._rows
+            where, rows = 0, self._rows
         else:
             kept = kept.contiguous()
             where, rows = kept.data_ptr(), kept.numel()

@@ -22,6 +22,7 @@ from weaveinf.models.config import ModelConfig
 from weaveinf.models.weights import Piece, Weights, columns, rows
 from weaveinf.ops.activation import silu_mul
 from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.embedding import embed
 from weaveinf.ops.linear import PackedWeight, linear
 from weaveinf.ops.moe import moe, route
 from weaveinf.ops.norm import rms_norm
@@ -123,18 +124,11 @@ class Embedding:
 
     def __init__(self, parts: Parts, name: str) -> None:
         share, config = parts.share, parts.config
-        self.start, self.size = share.vocab_start, len(share.vocab)
-        self.whole = share.size == 1
-        piece = rows(name, config.vocab_size, config.hidden_size, share.vocab)
-        # The row of zeros behind the shard stands for every foreign token.
-        self.table = parts.weights.tensor(piece, pad=0 if self.whole else 1)
+        self.first = share.vocab_start
+        self.table = parts.weights.tensor(rows(name, config.vocab_size, config.hidden_size, share.vocab))
 
     def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
-        ids = batch.input_ids
-        if not self.whole:
-            ids = ids - self.start
-            ids = torch.where((ids < 0) | (ids >= self.size), self.size, ids)
-        torch.index_select(self.table, 0, ids, out=out)
+        embed(batch.input_ids, self.table, self.first, out)
 
 
 class _Heads(NamedTuple):

@@ -204,12 +204,12 @@ class Weights:
     def has(self, name: str) -> bool:
         return self.source.find(name) is not None
 
-    def tensor(self, *pieces: Piece, pad: int = 0) -> Tensor:
-        """The pieces one below the other, then `pad` rows of zeros, in the model's dtype."""
-        return self._gather(pieces, pad, lambda shape: torch.empty(shape, dtype=self.dtype))
+    def tensor(self, *pieces: Piece) -> Tensor:
+        """The pieces one below the other, in the model's dtype."""
+        return self._gather(pieces, 0, lambda shape: torch.empty(shape, dtype=self.dtype))
 
     def packed(self, *pieces: Piece, pad: int = 0, wide: bool = False) -> PackedWeight:
-        """The same as `tensor`, packed for `ops.linear` (see `pack`); the raw copy is dropped at once."""
+        """The same and `pad` rows of zeros, packed for `ops.linear` (see `pack`); the raw copy is dropped."""
         raw = self._gather(pieces, pad, self._room)
         return cast(PackedWeight, None) if self.survey else pack(raw, wide)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from itertools import pairwise
 
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor
 
 from weaveinf.ops import native
 
-_CALL = struct.Struct("7P13nd")
-"""`Call` in csrc/cpu/attention.h."""
 _NO_WINDOW = 2**31
 
 
@@ -84,7 +81,7 @@ def paged_attention(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _, page_size, kv_heads, dim = key_pool.shape
-    call = _CALL.pack(
+    native.lib.weave_attention(
         q.data_ptr(),
         key_pool.data_ptr(),
         value_pool.data_ptr(),
@@ -107,5 +104,4 @@ def paged_attention(
         torch.get_num_threads(),
         scale,
     )
-    native.lib.weave_attention(call)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
@@ -55,11 +54,11 @@ def pack(weight: Tensor, wide: bool = False) -> PackedWeight:
     return PackedWeight(weight, _cuda(weight) if weight.is_cuda else _torch(weight, wide))
 
 
-def _panels(weight: Tensor, lib: ctypes.CDLL) -> Tensor:
+def _panels(weight: Tensor, lib: native.Library) -> Tensor:
     """The layout of csrc/cpu/gemm.cpp: panels of bfloat16 or float32, widened in registers."""
     n, k = weight.shape
     dtype = native.DTYPES[weight.dtype]
-    panels = torch.empty(lib.weave_packed_bytes(n, k, dtype), dtype=torch.uint8)
+    panels = torch.empty(lib.packed_bytes(n, k, dtype), dtype=torch.uint8)
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     lib.weave_pack(
         weight.data_ptr(), weight.stride(0), n, k, dtype, panels.data_ptr(), torch.get_num_threads()
@@ -83,7 +82,7 @@ def panels_product(panels: Tensor, n: int, k: int, weight_dtype: torch.dtype) ->
             x.data_ptr(),
             x.stride(0),
             x.shape[0],
-            None if bias is None else bias.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             out.stride(0),
             codes[out.dtype],

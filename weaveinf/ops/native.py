@@ -10,8 +10,11 @@ import ctypes
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch  # before our libraries, which bind to its libgomp by its soname
+
+from weaveinf.ops.tape import Kernel
 
 DIRECTORY = Path(__file__).parent.parent / "_native"
 """Where the libraries lie."""
@@ -33,20 +36,38 @@ _LEVELS: dict[str, dict[str, frozenset[str]]] = {
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes that the kernels take, and their codes in the C interface."""
 
-_P, _I, _F = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
-_SIGNATURES: dict[str, list[type]] = {
-    "weave_packed_bytes": [_I, _I, _I],
-    "weave_pack": [_P, _I, _I, _I, _I, _P, _I],
-    "weave_linear": [_P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _I, _I],
-    "weave_linear_tiles": [_P, _P, _I, _I, _I, _P, _I, _P, _I, _I],
-    "weave_rms_norm": [_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _F, _F, _I, _I],
-    "weave_add_rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F, _F, _F, _I, _I],
-    "weave_rope": [_P, _I, _I, _I, _I, _I, _P, _P, _I, _I],
-    "weave_write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _I],
-    "weave_draw": [_P, _I, _I, _I, _I, _P, _P, _P, _I],
-    "weave_silu_mul": [_P, _I, _P, _I, _I, _I, _I, _I],
-    "weave_attention": [_P],
+_LAYOUTS = {
+    "weave_pack": "P4nPn",
+    "weave_linear": "P3nP2n2P3n",
+    "weave_linear_tiles": "2P3nPnP2n",
+    "weave_rms_norm": "P2n2P5n2d2n",
+    "weave_add_rms_norm": "n3P2n3d2n",
+    "weave_zero": "Pn",
+    "weave_embed": "3P5n",
+    "weave_rope": "P5n2P2n",
+    "weave_write_kv": "PnPn3P3n",
+    "weave_draw": "P4n3Pn",
+    "weave_silu_mul": "PnP5n",
+    "weave_attention": "7P13nd",
+    "weave_replay": "Pn",
 }
+"""The arguments of the kernels: the structs of csrc/cpu, for the `struct` module."""
+
+
+class Library:
+    """One build of csrc/cpu; its kernels are attributes (see `Kernel`). OSError when it cannot be loaded."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.packed_bytes = library.weave_packed_bytes
+        self.packed_bytes.argtypes = [ctypes.c_ssize_t] * 3
+        self.packed_bytes.restype = ctypes.c_ssize_t
+        for name, layout in _LAYOUTS.items():
+            setattr(self, name, Kernel(getattr(library, name), layout))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Kernel: ...
 
 
 def _flags() -> frozenset[str]:
@@ -73,17 +94,12 @@ def runnable() -> list[str]:
     ]
 
 
-def load(name: str) -> ctypes.CDLL:
-    """Loads one build and declares its functions. OSError when it cannot be loaded."""
-    library = ctypes.CDLL(str(DIRECTORY / f"libweaveinf_{name}.so"))
-    for function, arguments in _SIGNATURES.items():
-        getattr(library, function).argtypes = arguments
-        getattr(library, function).restype = None
-    library.weave_packed_bytes.restype = _I
-    return library
+def load(name: str) -> Library:
+    """Loads one build. OSError or AttributeError when it cannot be loaded."""
+    return Library(DIRECTORY / f"libweaveinf_{name}.so")
 
 
-def _choose(names: Sequence[str]) -> tuple[ctypes.CDLL | None, str, str]:
+def _choose(names: Sequence[str]) -> tuple[Library | None, str, str]:
     cost = "without AVX-512 bfloat16 runs several times slower on torch's paths; get g++ or clang++"
     if not names:
         missing = f"no CPU kernels were compiled for this {platform.machine()}"
@@ -117,7 +133,7 @@ def agree(of_all_ranks: Sequence[Sequence[str]]) -> None:
     onednn = ONEDNN and all_have("onednn") and (lib is None or all_have("matrix"))
 
 
-lib: ctypes.CDLL | None
+lib: Library | None
 isa: str
 reason: str
 lib, isa, reason = _choose(runnable())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -92,8 +92,8 @@ def add_rms_norm(
         return triton_elementwise.add_rms_norm(partials, residual, weight, eps, offset, scale, out)
     if native.lib is None or residual.dtype not in native.DTYPES:
         return add_rms_norm_reference(partials, residual, weight, eps, offset, scale, out)
-    native.lib.weave_add_rms_norm(
-        (ctypes.c_void_p * len(partials))(*[partial.data_ptr() for partial in partials]),
+    kernel = native.lib.weave_add_rms_norm
+    call = kernel.pack(
         len(partials),
         residual.data_ptr(),
         weight.data_ptr(),
@@ -105,4 +105,5 @@ def add_rms_norm(
         native.DTYPES[residual.dtype],
         torch.get_num_threads(),
     )
+    kernel.run(call + struct.pack(f"{len(partials)}P", *[partial.data_ptr() for partial in partials]))
     return out

@@ -162,8 +162,8 @@ def draw(scores: Tensor, start: int, temperature: Tensor | None = None, keys: Te
         rows,
         n,
         start,
-        None if temperature is None else temperature.data_ptr(),
-        None if keys is None else keys.data_ptr(),
+        0 if temperature is None else temperature.data_ptr(),
+        0 if keys is None else keys.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
     )

@@ -24,6 +24,7 @@ from weaveinf.weave import profile
 from weaveinf.weave.graphs import Graphs, is_decode
 from weaveinf.weave.plan import Planner, cuts
 from weaveinf.weave.run import run
+from weaveinf.weave.tapes import Tapes
 from weaveinf.weave.timeline import Recorder, Span
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Weaver:
 
     Attributes:
         seam: that of the first half, and of steps that run whole.
+        repeated: runs decode steps, all but a kind's first from what was kept of that; None: nothing is kept.
         why: why no step is ever woven; "" where steps may be.
         planner: rank 0's, which alone is asked, with weave="auto".
     """
@@ -57,9 +59,12 @@ class Weaver:
         self.seam = self.seams[0]
         self.recorder: Recorder | None = None
         self.planner: Planner | None = None
-        self._graphs: Graphs | None = None
-        if not self._on_cpu and model_config.experts is None:
-            self._graphs = Graphs(self._run, model.scratch.memory, self._most, ranks.device)
+        self.repeated: Graphs | Tapes | None = None
+        if self._on_cpu:
+            if ranks.size == 1 or self.seam.fused:
+                self.repeated = Tapes(self._run, model.scratch.memory)
+        elif model_config.experts is None:
+            self.repeated = Graphs(self._run, model.scratch.memory, self._most, ranks.device)
         self.why = self._objection(config)
         if not self.why:
             self.seams.append(self._seam())
@@ -83,8 +88,8 @@ class Weaver:
     def run(self, batch: Batch, cut: int) -> Tensor:
         """The batch's wanted rows, normalised: [logit rows, hidden]. cut: rows of the first half, or 0."""
         halves: Sequence[Batch] = batch.split(cut) if cut else (batch,)
-        if self._graphs is not None and self.recorder is None and is_decode(halves):
-            return self._graphs.run(halves)
+        if self.repeated is not None and self.recorder is None and is_decode(halves):
+            return self.repeated.run(halves)
         if not self._on_cpu:
             halves = [half.to(self._ranks.device) for half in halves]
         return self._run(halves)

@@ -1,0 +1,83 @@
+"""Decode steps on a CPU as tapes (ops/tape.py): all blocks and seams of a step are one call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.comm.aid import WORTH
+from weaveinf.comm.segment import check
+from weaveinf.ops import native
+from weaveinf.ops.tape import Tape
+
+RESIDENT = 128
+"""Tapes that are kept at most; the one that was not used for longest goes first."""
+
+_FIELDS = [field.name for field in fields(Batch)]
+
+
+class _Kept(NamedTuple):
+    tape: Tape
+    batch: Batch
+    x: Tensor
+    held: list[Tensor]
+
+
+class Tapes:
+    """The tapes of a rank; all ranks run the same steps, so all record and replay alike.
+
+    Args:
+        step: runs halves, in this thread alone; the normalised rows.
+        held: the memory that a step uses beside its batch now, which a tape must keep.
+
+    Attributes:
+        replays: whether steps are replayed; not where torch computes a part of them.
+    """
+
+    def __init__(self, step: Callable[[Sequence[Batch]], Tensor], held: Callable[[], list[Tensor]]) -> None:
+        self._step, self._held = step, held
+        self._kept: OrderedDict[tuple[int, int], _Kept] = OrderedDict()
+        self.replays = native.lib is not None
+
+    def run(self, halves: Sequence[Batch]) -> Tensor:
+        """What the step returns for a decode step (see `is_decode`). The first one of a shape is recorded.
+        Large ones run as they are, since ranks share their products as it comes, and so do woven ones."""
+        batch = halves[0]
+        rows, blocks = batch.block_table.shape
+        if not self.replays or rows >= WORTH or len(halves) > 1:
+            return self._step(halves)
+        key = rows, (blocks - 1).bit_length()
+        if (kept := self._kept.get(key)) is None:
+            return self._record(key, batch)
+        self._kept.move_to_end(key)
+        _fill(kept.batch, batch)
+        assert native.lib is not None
+        check(kept.tape.replay(native.lib.weave_replay), "a seam")
+        return kept.x
+
+    def _record(self, key: tuple[int, int], batch: Batch) -> Tensor:
+        static = Batch(**{name: torch.empty_like(getattr(batch, name)) for name in _FIELDS})
+        # Its columns are those of all batches of the key; no sequence reads beyond its own.
+        static.block_table = torch.zeros(key[0], 1 << key[1], dtype=torch.int32)
+        _fill(static, batch)
+        tape = Tape()
+        with tape.recording():
+            x = self._step([static])
+        self.replays = not tape.foreign
+        if self.replays:
+            self._kept[key] = _Kept(tape, static, x, self._held())
+            if len(self._kept) > RESIDENT:
+                self._kept.popitem(last=False)
+        return x
+
+
+def _fill(into: Batch, batch: Batch) -> None:
+    for name in _FIELDS:
+        given, to = getattr(batch, name), getattr(into, name)
+        (to[:, : given.shape[1]] if name == "block_table" else to).copy_(given)
