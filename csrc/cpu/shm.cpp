@@ -4,7 +4,7 @@
 // One segment is mapped by all ranks. Every rank owns one Line in it: a counter only that rank advances,
 // which the others wait on. A rank lives as long as it holds the record lock on byte `rank` of the
 // segment's file: the kernel drops it when the process ends, however it ends, also for a zombie and across
-// process-id namespaces. Waits spin 50 us at most, then sleep in a futex and look after the peers.
+// process-id namespaces. Waits spin for a while, then sleep in a futex and look after the peers.
 #include <algorithm>
 #include <atomic>
 #include <climits>
@@ -24,7 +24,9 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a futex waits on the low half of a counter");
 
-constexpr int64_t kSpinNs = 50'000;
+// Waking a core that slept, of a virtual machine above all, takes as long as a seam of few rows.
+constexpr int64_t kSpinNs = 1'000'000;
+constexpr int64_t kCrowdedSpinNs = 50'000;
 constexpr int64_t kSleepNs = 50'000'000;
 
 // Results of a call: 0, or kind * 256 + rank. Python turns them into errors.
@@ -111,8 +113,8 @@ int await(Group* g, int rank, uint64_t value, int64_t patience_ns) {
   Line& line = g->lines[rank];
   auto there = [&] { return line.value.load(std::memory_order_acquire) >= value; };
   if (there()) return 0;
-  const int64_t begin = now_ns();
-  for (int64_t i = 1; now_ns() - begin < kSpinNs; ++i) {
+  const int64_t begin = now_ns(), spin = g->crowded ? kCrowdedSpinNs : kSpinNs;
+  for (int64_t i = 1; now_ns() - begin < spin; ++i) {
     for (int k = 0; k < 16; ++k) {
       if (there()) return 0;
       relax();
