@@ -216,7 +216,7 @@ def test_an_error_of_rank_0_is_its_own(model: Path, footprint: Footprint) -> Non
     cluster = start(model, 2)
     tokens(cluster, 0, 2)
     broken = step(2)
-    cluster.worker.seam.open = None  # type: ignore[method-assign, assignment]
+    cluster.worker.weaver.run = None  # type: ignore[method-assign, assignment]
     with pytest.raises(TypeError, match="not callable"):
         cluster.submit(broken)
         cluster.collect()
