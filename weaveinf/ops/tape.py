@@ -73,11 +73,11 @@ class Tape:
                 yield
         finally:
             _here.tape = None
-        words: list[int] = []
+        self._arguments = ctypes.create_string_buffer(b"".join(packed for _, packed in self.calls))
+        words, at = [], ctypes.addressof(self._arguments)
         for function, packed in self.calls:
-            arguments = ctypes.create_string_buffer(packed, len(packed))
-            self._held.append(arguments)
-            words += function, ctypes.addressof(arguments)
+            words += [function, at]
+            at += len(packed)  # fields of 8 bytes: all lie as they should
         self._kept = (ctypes.c_void_p * len(words))(*words)
 
     def replay(self, kernel: Kernel) -> int:
@@ -91,6 +91,10 @@ class _Watch(TorchDispatchMode):
     def __init__(self, tape: Tape, held: list[Any]) -> None:
         super().__init__()
         self._tape, self._held = tape, held
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler to skip this, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
