@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,17 @@ def test_a_tape_holds_what_it_needs_and_knows_what_it_lacks() -> None:
         with tape.recording():
             compute()
         assert tape.foreign
+
+
+def test_to_record_takes_no_compiler() -> None:
+    code = """
+import sys, torch
+from weaveinf.ops.tape import Tape
+with torch.inference_mode(), Tape().recording():
+    torch.empty(3, 4)[1:]
+sys.exit("torch._dynamo" in sys.modules)  # seconds in the midst of the first answer
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 def test_a_problem_ends_a_replay() -> None:
