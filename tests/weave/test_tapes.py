@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +114,32 @@ def test_a_tape_holds_what_it_needs_and_knows_what_it_lacks() -> None:
     assert torch.equal(found.view(4, 16), want)
     silu_mul(x)
     assert len(tape.calls) == 1  # nothing is noted once it is over
-    for compute in (lambda: x.add_(1), lambda: x + 1, lambda: x.sum().item(), lambda: torch.zeros(3)):
+
+
+def test_a_tape_knows_copies_from_views() -> None:
+    x = torch.randn(4, 6)
+    views: list[Callable[[], object]] = [
+        lambda: (x[1:], x.view(6, 4), x.t(), x.unbind(0), x.split(2), x.chunk(2, -1), x.expand(2, 4, 6)),
+        lambda: (x.reshape(-1), x.contiguous(), x.to(torch.float32), x.flatten(), x.unsqueeze(1).squeeze(1)),
+    ]
+    others: list[Callable[[], object]] = [
+        lambda: x.add_(1),
+        lambda: x + 1,
+        lambda: x.sum().item(),
+        lambda: x.tolist(),
+        lambda: torch.zeros(3),
+        lambda: x.t().contiguous(),
+        lambda: x.t().reshape(-1),
+        lambda: x.to(torch.bfloat16),
+        lambda: x[x > 0],
+        lambda: x.clone(),
+        lambda: x.new_empty(3).copy_(x[0, :3]),
+    ]
+    for compute in views + others:
         tape = Tape()
-        with tape.recording():
+        with torch.inference_mode(), tape.recording():
             compute()
-        assert tape.foreign
+        assert bool(tape.foreign) == (compute in others), tape.foreign
 
 
 def test_to_record_takes_no_compiler() -> None:

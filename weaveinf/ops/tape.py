@@ -9,14 +9,17 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
+_READ = torch.ops.aten.resolve_conj.default
+"""What `tolist` begins with."""
 _here = threading.local()
 """`tape`: what this thread records on, if it does."""
 
@@ -66,7 +69,7 @@ class Tape:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """The calls within are made and noted."""
+        """The calls within are made and noted; for `foreign`, in torch's inference mode."""
         _here.tape = self
         try:
             with _Watch(self, self._held):
@@ -100,6 +103,12 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _EMPTY:
             self._held.append(result)
-        elif not func.is_view:
+        elif func is _READ or not (func.is_view and _within(args[0], result)):
             self._tape.foreign = self._tape.foreign or str(func)
         return result
+
+
+def _within(of: Tensor, result: Tensor | Sequence[Tensor]) -> bool:
+    """Whether these are views of `of` (`reshape`, `contiguous` and `to` give views only where they can)."""
+    views = [result] if isinstance(result, Tensor) else result
+    return all(view.untyped_storage().data_ptr() == of.untyped_storage().data_ptr() for view in views)
