@@ -81,6 +81,16 @@ def test_log_probabilities_of_prompt_and_answer_agree(llm: LLM) -> None:
         assert entry.logprob == pytest.approx(prompt_entry.logprob, abs=1e-4)
 
 
+def test_a_prompt_of_one_token_has_log_probabilities(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, ignore_eos=True)
+    for prompts in ([[5]], [[5], [7]], [[5, 9], [7]]):
+        for output in llm.generate(prompts, params):
+            assert output.prompt_logprobs is not None
+            assert [entry is None for entry in output.prompt_logprobs] == [
+                i == 0 for i in range(len(output.prompt_token_ids))
+            ]
+
+
 def test_a_stream_is_the_text_in_pieces(llm: LLM) -> None:
     prompts = ["The module", "A list of"]
     pieces: dict[int, list[str]] = {0: [], 1: []}

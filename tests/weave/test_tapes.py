@@ -24,16 +24,17 @@ from weaveinf.engine.worker import Worker
 from weaveinf.ops import native
 from weaveinf.ops.activation import silu_mul
 from weaveinf.ops.tape import Kernel, Tape
+from weaveinf.weave import tapes
 from weaveinf.weave.run import run
 from weaveinf.weave.tapes import Tapes
 
 pytestmark = needs_kernels
-STEPS = [(3, 20), (3, 21), (1, 5), (9, 70), (3, 22), (1, 40), (9, 96), (9, 64), (3, 100), (3, 21)]
+STEPS = [(3, 20), (3, 21), (1, 5), (9, 70), (3, 22), (9, 64), (1, 40), (9, 96), (3, 100), (3, 21)]
 """Rows and context of each step."""
-KINDS = {(3, 1), (1, 0), (9, 3), (1, 2), (3, 3)}
-"""Rows and the logarithm of the columns of pages, of which the steps are."""
-WOVEN = [1, 3, 9]
-"""The steps that are woven in a test of that; others are of their kinds."""
+GROWN, WOVEN = 4, [1, 3, 9]
+"""The step after which the scratch memory grows; those that are woven in a test of that."""
+AS_THEY_ARE = 8
+"""Steps that are not replayed: the first of a kind, on memory that has grown since, and woven ones."""
 
 
 def rehearsed(ranks: Ranks, path: str, dtype: Any, woven: bool) -> tuple[list[bool], int, bool]:
@@ -56,7 +57,7 @@ def rehearsed(ranks: Ranks, path: str, dtype: Any, woven: bool) -> tuple[list[bo
         calls += 1
         return run(worker.model.chain, halves, seams, ranks.votes)
 
-    tapes = Tapes(step, worker.model.scratch.memory)
+    kept = Tapes(step, worker.model.scratch.memory)
     equal = []
     pages = [layer for name in ("key", "value") for layer in worker.pools[name]]
     with torch.inference_mode():
@@ -67,15 +68,16 @@ def rehearsed(ranks: Ranks, path: str, dtype: Any, woven: bool) -> tuple[list[bo
             filled = [layer.normal_().clone() for layer in pages]
             x = step(halves).clone()
             want = [x, *[layer.clone() for layer in pages]]
-            for layer, kept in zip(pages, filled, strict=True):
-                layer.copy_(kept)
+            for layer, was in zip(pages, filled, strict=True):
+                layer.copy_(was)
             for memory in worker.model.scratch.memory():
                 memory.fill_(torch.nan)
-            got = [tapes.run(halves).clone(), *pages]
+            got = [kept.run(halves).clone(), *pages]
             equal.append(all(map(torch.equal, got, want)))
-            if i == 4:  # what a tape stands on is its own when a fuller step takes new memory
+            if i == GROWN:  # what a tape stands on is its own when a fuller step takes new memory
                 step([worker.weaver.rehearsal(64, 0)])
-        worker.weaver.run(decode_step(2, 9), 0)
+        for rows in (64, 2):  # ranks share the products of many rows, which cannot be recorded
+            worker.weaver.run(decode_step(rows, 9), 0)
     worker.close()
     own = worker.weaver.repeated
     return equal, calls - len(STEPS) - 1, isinstance(own, Tapes) and own.replays
@@ -91,13 +93,29 @@ def test_replayed_steps_are_those_that_run_as_they_are(
     make_checkpoint(tmp_path, "qwen3")
     for equal, recorded, replays in pool(size).run(rehearsed, str(tmp_path), dtype, woven):
         assert all(equal) and replays
-        assert recorded == len(KINDS) + woven * len(WOVEN)
+        assert recorded == AS_THEY_ARE
 
 
 def test_what_torch_computes_is_not_replayed(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "mixtral")
     for equal, recorded, replays in pool(2).run(rehearsed, str(tmp_path), "float32", False):
         assert all(equal) and recorded == len(STEPS) and not replays
+
+
+def test_the_tape_that_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tapes, "RESIDENT", 2)
+    ran: list[int] = []
+
+    def step(halves: Sequence[Batch]) -> Tensor:
+        ran.append(halves[0].num_tokens)
+        return halves[0].input_ids
+
+    kept = Tapes(step, list)
+    with torch.inference_mode():
+        for rows in (1, 2, 1, 3, 1, 3, 2, 2, 3):
+            batch = decode_step(rows, 20)
+            assert torch.equal(kept.run([batch]), batch.input_ids)
+    assert ran == [1, 2, 3, 2]
 
 
 def test_a_tape_holds_what_it_needs_and_knows_what_it_lacks() -> None:

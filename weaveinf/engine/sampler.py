@@ -112,7 +112,8 @@ class Sampler:
         wants."""
         sampling_now = step.output_position >= 0
         samples = np.count_nonzero(sampling_now)
-        if samples == len(x) == step.num_seqs:  # the common case: every sequence samples from its row
+        if samples == len(x) == step.num_seqs and not len(step.targets):
+            # The common case: every sequence samples from its row.
             return self.sample(head(x), step.state_slot, step.output_position)
         output = StepOutput(np.empty(0, np.int64))
         ends = np.cumsum(step.num_logits, dtype=np.int64)

@@ -55,7 +55,8 @@ class Kernel:
 
 class Tape:
     """What one thread called while it recorded. Only addresses are kept, never values: who replays it fills
-    the same memory anew first.
+    the same memory anew first. Calls of anything but a `Kernel`, and memory that neither was there before nor
+    comes from `torch.empty`, are not seen: what is recorded must have none.
 
     Attributes:
         calls: address of the function and packed arguments, in order.

@@ -43,6 +43,7 @@ class Tapes:
     def __init__(self, step: Callable[[Sequence[Batch]], Tensor], held: Callable[[], list[Tensor]]) -> None:
         self._step, self._held = step, held
         self._kept: OrderedDict[tuple[int, int], _Kept] = OrderedDict()
+        self._memory: list[Tensor] = []
         self.replays = native.lib is not None
 
     def run(self, halves: Sequence[Batch]) -> Tensor:
@@ -66,12 +67,16 @@ class Tapes:
         # Its columns are those of all batches of the key; no sequence reads beyond its own.
         static.block_table = torch.zeros(key[0], 1 << key[1], dtype=torch.int32)
         _fill(static, batch)
-        tape = Tape()
+        tape, before = Tape(), self._held()
         with tape.recording():
             x = self._step([static])
+        memory = self._held()
+        if [*map(id, memory)] != [*map(id, self._memory)]:
+            self._kept.clear()  # it has grown: what was recorded on less would keep that, too
+            self._memory = memory
         self.replays = not tape.foreign
         if self.replays:
-            self._kept[key] = _Kept(tape, static, x, self._held())
+            self._kept[key] = _Kept(tape, static, x, before + memory)
             if len(self._kept) > RESIDENT:
                 self._kept.popitem(last=False)
         return x
