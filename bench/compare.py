@@ -7,8 +7,8 @@ Every contender is started once and kept, stopped (SIGSTOP) while another is tim
 run the same cell, one straight after the other, so that a slow minute of the machine touches all alike; a
 ratio is the median over the turns of the ratios within a turn. A contender whose prefill the first turns
 show to be OUT_OF_REACH in a cell runs no more turns of that cell. The table goes to standard output and,
-with every single figure, to bench/results/. Where the processor has no bfloat16 products of its own, the
-peers run in float32 too; in each cell the faster one counts.
+with every single figure, to bench/results/. Where torch's products are faster in float32 than in bfloat16,
+the peers run in float32 too; in each cell the faster one counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pathlib import Path
 from statistics import mean, median
 
 import psutil
-from machine import describe, has_fast_bfloat16
+import torch
+from machine import describe, linear_gflops
 from make_model import DIRECTORY, write
 from peers.cells import CELLS
 
@@ -140,7 +141,9 @@ class Running:
 
 def contenders(only: list[str]) -> list[Contender]:
     """Everything that runs, in the order of a turn."""
-    dtypes = ["bfloat16"] if has_fast_bfloat16() else ["bfloat16", "float32"]
+    dtypes = ["bfloat16"]
+    if linear_gflops(torch.float32) > linear_gflops(torch.bfloat16):
+        dtypes.append("float32")
     found = [Contender("weaveinf", tp) for tp in (1, 2)]
     for engine in ("transformers", "vllm"):
         found += [Contender(engine, tp, dtype) for tp in (1, 2) for dtype in dtypes]
@@ -254,7 +257,7 @@ def write_results(results: Results, machine: dict[str, object], command: str) ->
     lines += ["", f"Command: `{command}`; weaveinf's commit: {version}", ""]
     text = "\n".join(lines)
     print("\n" + text)
-    stem = BENCH / "results" / f"compare-{date}-{str(machine['instructions']).lower()}"
+    stem = BENCH / "results" / f"compare-{date}-{str(machine['instructions']).lower().replace(' ', '-')}"
     stem.parent.mkdir(exist_ok=True)
     stem.with_suffix(".md").write_text(text)
     whole: dict[str, object] = {"date": date, "command": command, "commit": version, "machine": machine}

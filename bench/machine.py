@@ -21,29 +21,25 @@ INSTRUCTIONS = (
     ("Arm-NEON", "asimd"),
 )
 
+MAKERS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
-def cpu_flags() -> set[str]:
-    """The processor's flags as Linux lists them; empty elsewhere."""
+
+def cpu_says(names: set[str]) -> set[str]:
+    """The words of these fields (in lower case) of the first processor as Linux lists it; empty elsewhere."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
         return set()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
+    fields = (line.partition(":") for line in text.splitlines())
+    return {word for key, _, value in fields if key.strip().lower() in names for word in value.split()}
 
 
 def instructions() -> str:
-    """The fastest class of instructions that this processor has."""
-    flags = cpu_flags()
-    return next((name for name, flag in INSTRUCTIONS if flag in flags), platform.machine())
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether the processor has bfloat16 products of its own."""
-    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
+    """The fastest class of instructions that this processor has, and who made it where that is known."""
+    flags = cpu_says({"flags", "features"})
+    found = next((name for name, flag in INSTRUCTIONS if flag in flags), platform.machine())
+    maker = MAKERS.get("".join(cpu_says({"vendor_id"})))
+    return f"{found} {maker}" if maker else found
 
 
 def fastest(call: Callable[[], object], repeats: int = 5) -> float:
@@ -56,20 +52,24 @@ def fastest(call: Callable[[], object], repeats: int = 5) -> float:
     return min(times)
 
 
+def linear_gflops(dtype: torch.dtype) -> float:
+    """What torch's linear layer of 1024 by 1024 reaches on all cores."""
+    rows, side = 256, 1024
+    x, weight = torch.randn(rows, side).to(dtype), torch.randn(side, side).to(dtype)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return 2e-9 * rows * side * side / fastest(partial(torch.nn.functional.linear, x, weight))
+
+
 def describe() -> dict[str, object]:
-    """Class and limits: all cores reading 512 MB, and torch's linear layer of 1024 by 1024."""
+    """Class and limits: all cores reading 512 MB, and multiplying."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     memory = torch.ones(1 << 27)
     bandwidth = memory.nbytes / fastest(memory.sum) / 1e9
     found: dict[str, object] = {"cores": cores, "instructions": instructions()}
     found["memory read, GB/s"] = round(bandwidth, 1)
-    rows, side = 256, 1024
     for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.randn(rows, side).to(dtype), torch.randn(side, side).to(dtype)
-        product = partial(torch.nn.functional.linear, x, weight)
         name = str(dtype).removeprefix("torch.")
-        gflops = 2e-9 * rows * side * side / fastest(product)
-        found[f"torch {name} linear, GFLOP/s"] = round(gflops, 1)
+        found[f"torch {name} linear, GFLOP/s"] = round(linear_gflops(dtype), 1)
     found["python"] = platform.python_version()
     return found

@@ -72,15 +72,15 @@ struct Dots {  // the panel of Pairs, the rows in bfloat16 too: the hardware's d
   }
 };
 
-// Memory wanted soon, and how many bytes of it per step. Steps of few rows go from load to load so fast that
-// the hardware fetches ahead by itself (so on Zen 4, up to 4 rows); it then needs the buffers that our fetches
-// would take, of which one line in four is left.
+// Memory wanted soon, and how many bytes of it per step. On Zen 4, which alone runs the build with 512-bit dot
+// products, steps of up to 4 rows go from load to load so fast that the hardware fetches ahead by itself; it then
+// needs the buffers that our fetches would take, of which one line in four is left.
 struct Ahead {
   const char* at = nullptr;
   index_t pace = 0;
   template <int M>
   INLINE void fetch(int width) {
-    if constexpr (LANES == 16 && M <= 4) {
+    if constexpr (LANES == 16 && HAS_DOT && M <= 4) {
       if ((reinterpret_cast<uintptr_t>(at) & 128) == 0) __builtin_prefetch(at, 0, 2);
     } else {
       for (int i = 0; i < width; i += 64) __builtin_prefetch(at + i, 0, 2);
