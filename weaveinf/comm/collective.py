@@ -1,4 +1,4 @@
-"""The seam of ranks on any hosts: gloo between CPUs, NCCL between GPUs.
+"""The seam of ranks on any hosts: streams (comm/wire.py) between CPUs, NCCL between GPUs.
 
 Every rank sends each other rank that one's share of the rows, sums what it got in float32 in rank order,
 adds, normalises, and sends its rows of x to all. That moves the bytes of a reduce-scatter and an all-gather
@@ -13,26 +13,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from weaveinf.comm.progress import Job
+from weaveinf.comm.progress import Job, Transfers, Waits
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
-from weaveinf.comm.waits import Backend, blamed, wait_for
+from weaveinf.comm.waits import wait_for
+from weaveinf.comm.wire import Connection, Transfer
 from weaveinf.ops.norm import add_rms_norm
 
 _CHUNK_BYTES = 256 * 1024
 _FEW_BYTES = 64 * 1024
 """What a rank may send in all for its rows to count as few."""
 
-_BULK_BYTES = 128 * 1024
-"""What goes to a lower rank has a connection of its own from this size on. Smaller messages stalled on one
-that carries little and nothing back, unless tcp_slow_start_after_idle was off."""
-
 _KEPT = 32  # row counts whose chunks are remembered
-
-_Works = list[tuple[int | None, dist.Work]]
 
 
 class _Chunk(NamedTuple):
@@ -58,13 +52,10 @@ class CollectiveSeam:
     fused = False
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype, why: str) -> None:
-        assert ranks.seams is not None
         self.why = why
         self._ranks = ranks
-        self._group = ranks.seams
-        self._down = ranks.seams_down
-        self._tag = 8 * next(ranks.seam_numbers)
         self._nccl = ranks.device.type == "cuda"
+        self._peers: dict[int, Connection] = {} if self._nccl else ranks.wire()
         size, row_bytes = ranks.size, hidden * dtype.itemsize
         self._few = min(max_rows, _FEW_BYTES // (row_bytes * (size - 1)))
         self._chunk = max_rows if self._nccl else max(1, _CHUNK_BYTES // row_bytes)
@@ -118,38 +109,21 @@ class CollectiveSeam:
         first, last = self._shares(rows)[self._ranks.rank]
         return last - first
 
-    def _exchange(self, out: Sequence[Tensor], into: Sequence[Tensor], tag: int) -> _Works:
+    def _exchange(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> list[Transfer]:
         """Sends out[r] to rank r and receives into[r] from it; empty ones (the own, too) do not travel."""
         if self._nccl:
-            return [(None, self._group.alltoall(list(into), list(out)))]
-        works = self._receive(into, tag)
-        for rank, t in enumerate(out):
-            if t.numel():
-                with blamed(rank, "a seam"):
-                    works.append((rank, self._way(self._ranks.rank, rank, t).send([t], rank, tag)))
-        return works
+            wait_for(self._ranks.seams.alltoall(list(into), list(out)), None, "a seam")
+            return []
+        return self._receive(into) + [self._peers[r].send(t) for r, t in enumerate(out) if t.numel()]
 
-    def _receive(self, into: Sequence[Tensor], tag: int) -> _Works:
-        works: _Works = []
-        for rank, t in enumerate(into):
-            if t.numel():
-                with blamed(rank, "a seam"):
-                    works.append((rank, self._way(rank, self._ranks.rank, t).recv([t], rank, tag)))
-        return works
-
-    def _way(self, source: int, target: int, t: Tensor) -> Backend:
-        """The process group of what one rank sends another (see `Ranks`)."""
-        return self._down if source > target and t.nbytes >= _BULK_BYTES else self._group
-
-    def _wait(self, works: _Works) -> None:
-        for rank, work in works:
-            wait_for(work, rank, "a seam")
+    def _receive(self, into: Sequence[Tensor]) -> list[Transfer]:
+        return [self._peers[r].receive(t) for r, t in enumerate(into) if t.numel()]
 
     def _to_peers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same list, nothing for this rank itself."""
         return [t if r != self._ranks.rank else t[:0] for r, t in enumerate(tensors)]
 
-    def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Iterator[None]:
+    def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Waits:
         if kept is not None:
             yield from self._move(kept, before, rows)
         if rows not in self._chunks:
@@ -157,20 +131,14 @@ class CollectiveSeam:
                 self._chunks.clear()
             self._chunks[rows] = self._cut(rows)
         chunks = self._chunks[rows]
-        sums = [self._exchange(chunk.partials, chunk.inbox, self._tag + 1) for chunk in chunks]
-        back: _Works = []
-        if rows > self._few and not self._nccl:
-            # Early, for gloo's sender waits until it has heard that its message is awaited.
-            for chunk in chunks:
-                back += self._receive(chunk.others, self._tag + 2)
-        for chunk, works in zip(chunks, sums, strict=True):
-            yield
-            self._wait(works)
+        sums = [self._exchange(chunk.partials, chunk.inbox) for chunk in chunks]
+        back: list[Transfer] = []
+        for chunk, transfers in zip(chunks, sums, strict=True):
+            yield transfers
             self._add_and_norm(joint, chunk.sums, chunk.own, chunk.x)
             if rows > self._few:
-                back += self._exchange(chunk.mine, chunk.others if self._nccl else (), self._tag + 2)
-        yield
-        self._wait(back)
+                back += self._exchange(chunk.mine, chunk.others)
+        return back
 
     def _cut(self, rows: int) -> list[_Chunk]:
         shares, me = self._shares(rows), self._ranks.rank
@@ -210,7 +178,7 @@ class CollectiveSeam:
                 x,
             )
 
-    def _move(self, kept: Tensor, before: int, rows: int) -> Iterator[None]:
+    def _move(self, kept: Tensor, before: int, rows: int) -> Iterator[Transfers]:
         """Brings the residual of the kept rows to the ranks whose shares they now are."""
         old, new, me = self._shares(before), self._shares(rows), self._ranks.rank
         first, last = new[me]
@@ -233,9 +201,7 @@ class CollectiveSeam:
             out = [held[shifted(overlap(me, r), cuts[me])] for r in ranks]
             into = [self._spare[shifted(overlap(r, me), first)] for r in ranks]
             into[me].copy_(out[me])
-            works = self._exchange(self._to_peers(out), self._to_peers(into), self._tag + 3)
-            yield
-            self._wait(works)
+            yield self._exchange(self._to_peers(out), self._to_peers(into))
         self._residual, self._spare = self._spare, self._residual
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -246,15 +212,14 @@ class CollectiveSeam:
         spans, me = self._shares(self._rows), self._ranks.rank
         places = [((rows >= a) & (rows < b)).nonzero().flatten() for a, b in spans]
 
-        def run() -> Iterator[None]:
+        def run() -> Waits:
             mine = self._residual.index_select(0, rows[places[me]] - spans[me][0])
             into = [result.new_empty(len(place), result.shape[1]) for place in places]
-            works = self._exchange(self._to_peers([mine] * len(spans)), self._to_peers(into), self._tag + 4)
-            yield
-            self._wait(works)
+            yield self._exchange(self._to_peers([mine] * len(spans)), self._to_peers(into))
             into[me] = mine
             for place, values in zip(places, into, strict=True):
                 result.index_copy_(0, place, values)
+            return ()
 
         self._ranks.progress.submit(run).wait()
         return result
@@ -266,6 +231,9 @@ class CollectiveSeam:
         self._residual.index_copy_(0, rows[mine] - first, values[mine])
 
     def close(self) -> None:
-        """See `Seam.close`. The process group is the ranks'."""
+        """See `Seam.close`."""
         self._job = None
-        self._group = self._down = None
+        self._ranks.progress.remove(list(self._peers.values()))
+        for peer in self._peers.values():
+            peer.close()
+        self._peers = {}

@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from weaveinf.comm import segment
-from weaveinf.comm.collective import CollectiveSeam, _Works
+from weaveinf.comm.collective import CollectiveSeam
 from weaveinf.comm.errors import RankDied
+from weaveinf.comm.progress import Transfers, Waits
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
 from weaveinf.comm.segment import BLAMED, LINE, Segment, check, pages, share
+from weaveinf.comm.wire import Transfer
 
 
 class HierarchicalSeam(CollectiveSeam):
@@ -69,12 +69,12 @@ class HierarchicalSeam(CollectiveSeam):
         x = super().finish()
         return x if self._rows > self._few else self._few_x[: self._rows]
 
-    def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Iterator[None]:
+    def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Waits:
         """To its end at once: two seams whose meetings mix would wait for each other."""
         try:
             if kept is not None:
-                for _ in self._move(kept, before, rows):
-                    pass
+                for transfers in self._move(kept, before, rows):
+                    self._wait(transfers)
             self._meet(rows)
             if rows > self._few:
                 self._run_many(joint, rows)
@@ -83,14 +83,15 @@ class HierarchicalSeam(CollectiveSeam):
         except BaseException as error:
             self._leave(error)
             raise
-        return iter(())
+        yield ()  # nothing is left to wait for
+        return ()
 
     def _run_few(self, joint: Joint, rows: int) -> None:
         """All hosts get the sums of all rows, and every rank computes all."""
         mine = slice(*share_of(rows, len(self._here), self._place))
         sums = self._sums[:, mine]
         _sum(self._partials[:, mine], sums[self._host])
-        self._wait(self._across([sums[self._host]] * len(sums), sums.unbind(0), self._tag + 1))
+        self._wait(self._across([sums[self._host]] * len(sums), sums.unbind(0)))
         self._meet(rows)
         self._add_and_norm(joint, self._sums[:, :rows].unbind(0), slice(rows), self._few_x[:rows])
 
@@ -110,33 +111,29 @@ class HierarchicalSeam(CollectiveSeam):
             for piece in pieces:  # nobody else reads these rows
                 _sum(self._partials[:, piece], self._partial[piece])
             own = chunk(at, (0, last - first))
-            sums.append(
-                self._across(
-                    [self._partial[piece] for piece in pieces],
-                    [self._inbox[h][own] for h in hosts],
-                    self._tag + 1,
-                )
-            )
-        back: _Works = []
-        for at, works in zip(starts, sums, strict=True):
-            self._wait(works)
+            out, into = [self._partial[piece] for piece in pieces], [self._inbox[h][own] for h in hosts]
+            sums.append(self._across(out, into))
+        back: list[Transfer] = []
+        for at, transfers in zip(starts, sums, strict=True):
+            self._wait(transfers)
             mine, own = chunk(at, (first, last)), chunk(at, (0, last - first))
             parts = [self._inbox[h][own] for h in hosts]
             parts[self._host] = self._partial[mine]
             self._add_and_norm(joint, parts, own, self._x[mine])
-            back += self._across(
-                [self._x[mine]] * len(spans), [self._x[chunk(at, span)] for span in spans], self._tag + 2
-            )
+            back += self._across([self._x[mine]] * len(spans), [self._x[chunk(at, span)] for span in spans])
         self._wait(back)
         self._meet(rows)
 
-    def _across(self, out: Sequence[Tensor], into: Sequence[Tensor], tag: int) -> _Works:
+    def _across(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> list[Transfer]:
         """Sends out[h] to this rank's counterpart on host h and receives into[h] from it."""
         sends, receives = ([self._x[:0]] * self._ranks.size for _ in range(2))
         for host, rank in enumerate(self._column):
             if host != self._host:
                 sends[rank], receives[rank] = out[host], into[host]
-        return self._exchange(sends, receives, tag)
+        return self._exchange(sends, receives)
+
+    def _wait(self, transfers: Transfers) -> None:
+        self._ranks.progress.wait(transfers)
 
     def _meet(self, rows: int) -> None:
         """Meets the ranks of this host."""
@@ -151,10 +148,6 @@ class HierarchicalSeam(CollectiveSeam):
         if isinstance(error, RankDied) and error.rank is not None:
             self._blamed.fill_(1 + self._known.index(error.rank))
         self._segment.close()
-        elsewhere = self._column[self._host - 1]
-        for group in (self._group, self._down):
-            with suppress(RuntimeError):  # gloo breaks all its connections when one wait runs out
-                group.recv([self._inbox[0][:1]], elsewhere, self._tag + 5).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
         """See `Seam.close`."""

@@ -1,12 +1,8 @@
-"""Where a rank's collective seams are issued: on CPU by one thread, on CUDA on one high-priority stream.
+"""Where a rank's collective seams run: on CPU one thread, on CUDA one high-priority stream.
 
-On CPU, work that is a generator yields before each of its waits, so that the next job's first messages leave
-meanwhile: the network has no pause between one half's seam and the other's. Which messages overtake which
-then depends on the moment, so a seam's messages have tags of their own.
-
-Only the oldest job may wait: a rank that waited in a newer one would keep back what its peers' older job
-waits for. So either all waits of a job come right after a yield, or the job yields nowhere, and then no
-job beside it may.
+On CPU, work is a generator that yields the transfers (comm/wire.py) that it needs to go on, and returns those
+that end it. The thread moves whatever can be moved. A job starts when the one before it has nothing more to
+send: the network has no pause between one half's seam and the other's, and the older one has it to itself.
 
 On CUDA no wait is the host's: whoever submits a job issues all of it, so that a graph can be captured.
 """
@@ -14,15 +10,21 @@ On CUDA no wait is the host's: whoever submits a job issues all of it, so that a
 from __future__ import annotations
 
 import queue
+import select
+import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-Work = Callable[[], Iterator[None] | None]
+from weaveinf.comm.wire import Connection, Transfer
+
+Transfers = Sequence[Transfer]
+Waits = Generator[Transfers, None, Transfers]
+Work = Callable[[], Waits]
 
 
 class Job:
@@ -30,7 +32,10 @@ class Job:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.steps: Iterator[None] | None = None
+        self.steps: Waits | None = None
+        self.needs: Transfers = ()
+        self.ending = False
+        self.deadline = 0.0
         self.after: Any = None
         self.error: BaseException | None = None
         self.ran: tuple[Any, Any] = 0.0, 0.0
@@ -52,18 +57,31 @@ class Job:
 
 
 class Progress:
-    """Runs jobs, the oldest first."""
+    """Runs jobs, the oldest first. A transfer that takes `silence_s` is a peer that does not come."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, silence_s: float) -> None:
         self._device = device
+        self._silence_s = silence_s
         self._stream: Any = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._connections: list[Connection] = []
+        self._bell, self._ear = socket.socketpair()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._closed = False
+        for end in (self._bell, self._ear):
+            end.setblocking(False)
+
+    def add(self, connections: Sequence[Connection]) -> None:
+        """Moves what they send and receive from now on; they are closed with this."""
+        self._connections = [*self._connections, *connections]
+
+    def remove(self, connections: Sequence[Connection]) -> None:
+        """Leaves them alone; nothing may be under way on them."""
+        self._connections = [c for c in self._connections if c not in connections]
 
     def submit(self, work: Work) -> Job:
-        """Queues `work` behind all jobs before it; on CUDA also behind the caller's stream."""
+        """Starts `work` behind all jobs before it; on CUDA also behind the caller's stream."""
         if self._closed:
             raise RuntimeError("the ranks are closed")
         job = Job(work)
@@ -73,8 +91,13 @@ class Progress:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="weaveinf-seams", daemon=True)
             self._thread.start()
-        self._jobs.put(job)
+        self._queue(job)
         return job
+
+    def _queue(self, job: Job | None) -> None:
+        self._jobs.put(job)
+        with suppress(BlockingIOError):  # it rings already
+            self._bell.send(b".")
 
     def _issue(self, job: Job) -> None:
         if self._stream is None:
@@ -83,51 +106,96 @@ class Progress:
         with torch.cuda.stream(self._stream):
             began, job.after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
-            for _ in job.work() or ():
+            for _ in job.work():
                 pass
             job.after.record()
         job.ran = began, job.after
 
     @torch.inference_mode()  # a thread's own affair; the seams' buffers are made under it
     def _run(self) -> None:
-        active: deque[Job] = deque()
+        active: list[Job] = []
         closing = False
         while active or not closing:
-            try:
-                job = self._jobs.get(block=not active)
-            except queue.Empty:
-                job = active[0]
-            if job is None:
-                closing = True
-            elif self._advance(job):
-                if job in active:
-                    active.remove(job)
-            elif job not in active:
-                active.append(job)
+            active = [job for job in active if not self._advance(job)]
+            if not closing and (not active or active[-1].ending) and not self._jobs.empty():
+                job = self._jobs.get()
+                if job is None:
+                    closing = True
+                else:
+                    active.append(job)
+            elif active or not closing:
+                try:
+                    self._move(active[0].needs if active else (), active[0].deadline if active else None)
+                except BaseException as error:
+                    self._fail(error)
 
     def _advance(self, job: Job) -> bool:
-        """Runs a job to its next yield; whether it is over."""
+        """Runs a job as far as what has come allows; whether it is over."""
         try:
-            if self._failure is not None:  # the connections are broken: nothing runs any more
+            while self._failure is None:
+                if not all(transfer.done for transfer in job.needs):
+                    return False
+                if job.ending:
+                    break
+                if job.steps is None:
+                    job.ran = time.monotonic(), 0.0
+                    job.steps = job.work()
+                try:
+                    job.needs = next(job.steps)
+                except StopIteration as end:
+                    job.needs, job.ending = end.value, True
+                job.deadline = time.monotonic() + self._silence_s
+            else:  # the connections are broken: nothing runs any more
                 raise self._failure
-            if job.steps is None:
-                job.ran = time.monotonic(), 0.0
-                job.steps = iter(job.work() or ())
-            next(job.steps)
-            return False
-        except StopIteration:
-            pass
         except BaseException as error:
-            self._failure = job.error = error
+            self._fail(error)
+            job.error = error
         job.ran = job.ran[0], time.monotonic()
         job.settle()
         return True
 
+    def wait(self, needs: Transfers) -> None:
+        """Within a job that no other may interrupt: returns when these have come."""
+        deadline = time.monotonic() + self._silence_s
+        while not all(transfer.done for transfer in needs):
+            self._move(needs, deadline)
+
+    def _move(self, needs: Transfers, deadline: float | None) -> None:
+        """Waits until something can be moved, or a job came, and moves it; TimeoutError past the deadline."""
+        busy = {c.fileno(): c for c in self._connections if c.wants()}
+        poll = select.poll()
+        poll.register(self._ear, select.POLLIN)
+        for number, connection in busy.items():
+            poll.register(number, connection.wants())
+        events = poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3)
+        if not events:
+            late = next(transfer.rank for transfer in needs if not transfer.done)
+            raise TimeoutError(f"rank {late} did not come to a seam in time")
+        for number, _ in events:
+            if number in busy:
+                busy[number].move()
+            else:
+                self._ear.recv(4096)
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing runs any more, and no peer waits for this rank."""
+        self._failure = self._failure or error
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+
     def close(self) -> None:
         """Lets the thread end behind what is queued; waits a second for it at most."""
+        if self._closed:
+            return
         self._closed = True
         if self._thread is not None:
-            self._jobs.put(None)
+            self._queue(None)
             self._thread.join(timeout=1.0)
             self._thread = None
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+        self._bell.close()
+        self._ear.close()
         self._failure = None  # its frames hold the connections

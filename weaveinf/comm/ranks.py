@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from weaveinf.comm.progress import Progress
 from weaveinf.comm.segment import LINE, MAX_RANKS, PAGE, SILENCE_S, Segment
 from weaveinf.comm.votes import GlooVotes, SharedVotes, Votes
 from weaveinf.comm.waits import Backend
+from weaveinf.comm.wire import Connection, announce, connect
 
 _IDLE = timedelta(days=365)
 """The control group's time limit: an idle engine sends nothing. Who waits on it looks after the peers
@@ -35,9 +35,8 @@ class Ranks:
     """This process among its peers. Made by `join` or `single`.
 
     rank, size, device; `hosts`: the ranks of each host, ascending; `votes`: sums over ranks; `control`: the
-    channel from rank 0 to all others; `seams`: the process group that collective seams use (None for one
-    rank), issued by `progress` alone; `seams_down`: over gloo, its like for what goes to a lower rank;
-    `silence_s`: how long a wait bears with a living but silent peer.
+    channel from rank 0 to all others; `seams`: the process group of GPUs' collective seams, issued by
+    `progress` alone; `silence_s`: how long a wait bears with a living but silent peer.
     """
 
     def __init__(
@@ -53,10 +52,8 @@ class Ranks:
         self.device = device
         self.silence_s = silence_s
         self.hosts: tuple[tuple[int, ...], ...] = ((0,),)
-        self.progress = Progress(device)
-        self.seam_numbers = count()  # every rank makes the same seams in the same order
+        self.progress = Progress(device, silence_s)
         self.seams: Backend = None
-        self.seams_down: Backend = None
         self.segment: Segment | None = None
         # Of a single rank, or until `join` has found better.
         self.votes: Votes = GlooVotes(None, 1)
@@ -100,11 +97,8 @@ class Ranks:
         if not one_host:
             self._listen = _find_listen(self)
         silence = timedelta(seconds=self.silence_s)
-        self.seams = self._group("seams", self.device.type, silence)
-        if self.device.type == "cpu":
-            # Two, since a connection serves one direction at a time: while a thread that sends on it is
-            # interrupted, gloo's thread spins on whatever arrives there.
-            self.seams_down = self._group("seams down", "cpu", silence)
+        if self.device.type == "cuda":
+            self.seams = self.group("seams", "cuda", silence)
         able = one_host and self.size <= MAX_RANKS and segment.lib is not None
         words = SharedVotes.bytes(self.size)
         if all(self.agree("able" if able else "")):
@@ -118,16 +112,16 @@ class Ranks:
         if self.segment is not None and self.device.type == "cpu":
             self.votes = SharedVotes(self.segment, 2 * lines, 0, self.size, self.silence_s)
         else:
-            votes = self._group("votes", self.device.type, timedelta(seconds=self.silence_s))
+            votes = self.group("votes", self.device.type, timedelta(seconds=self.silence_s))
             self.votes = GlooVotes(votes, self.size)
         if self.segment is not None:
             self.control = SharedChannel(self.segment, 2 * lines + words, lines, self.size, self.silence_s)
         else:
-            control = self._group("control", "cpu", _IDLE)
+            control = self.group("control", "cpu", _IDLE)
             self.control = GlooChannel(control, self.rank, self.size, self.silence_s)
         self.agree("connected")
 
-    def _group(self, name: str, device: str, timeout: timedelta) -> Backend:
+    def group(self, name: str, device: str, timeout: timedelta) -> Backend:
         """One process group of its own, outside torch.distributed's global state."""
         assert self._store is not None
         store = dist.PrefixStore(name, self._store)
@@ -145,6 +139,17 @@ class Ranks:
             group = gloo(store, self.rank, self.size, options)
         self._groups.append(group)
         return group
+
+    def wire(self) -> dict[int, Connection]:
+        """A new connection to each peer, which `progress` moves; every rank calls it.
+
+        RankDied or TimeoutError when a peer does not come; OSError when this rank cannot listen.
+        """
+        listener, words = announce(self._listen)
+        with listener:
+            found = connect(self.rank, self.size, self.agree(words), listener, self.silence_s)
+        self.progress.add(list(found.values()))
+        return found
 
     def agree(self, words: str, among: Sequence[int] | None = None) -> list[str]:
         """The words of all ranks, or of those `among`, in that order: for start-up, through the store.
@@ -188,7 +193,7 @@ class Ranks:
         if self.segment is not None:
             self.segment.close()
         self._groups.clear()
-        self.seams = self.seams_down = None
+        self.seams = None
         self._store = None
 
 

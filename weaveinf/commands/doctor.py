@@ -70,11 +70,11 @@ def _choices(size: int) -> dict[str, Any]:
     elif torch.cuda.is_available():
         seam = "collective over NCCL"
     elif reason := segment.reason or native.reason:
-        seam = f"collective over gloo: {reason}"
+        seam = f"collective over TCP: {reason}"
     elif size > segment.MAX_RANKS:
-        seam = f"collective over gloo: shared memory takes up to {segment.MAX_RANKS} ranks"
+        seam = f"collective over TCP: shared memory takes up to {segment.MAX_RANKS} ranks"
     else:
-        seam = "shared memory, for ranks on this host; collective over gloo across hosts"
+        seam = "shared memory, for ranks on this host; collective over TCP across hosts"
     return {"kernels": kernels, f"seam of {size} ranks": seam}
 
 

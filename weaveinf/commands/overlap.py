@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -207,7 +208,8 @@ class AllReduceSeam(LocalSeam):
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
         super().__init__(max_rows, hidden, dtype, ranks.device)
-        self._group = ranks.seams
+        silence = timedelta(seconds=ranks.silence_s)
+        self._group = ranks.seams or ranks.group("all-reduces", ranks.device.type, silence)
 
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`."""

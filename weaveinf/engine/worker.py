@@ -81,7 +81,7 @@ class Worker:
             self.weaver = Weaver(config, self.model_config, self.model, ranks, self.num_pages)
             self.seam = self.weaver.seam
             if self.seam.name == "collective" and ranks.device.type == "cpu" and ranks.rank == 0:
-                log.warning("the ranks sum over gloo, which is slower than shared memory: %s", self.seam.why)
+                log.warning("the ranks sum over TCP, which is slower than shared memory: %s", self.seam.why)
             self.sampler = Sampler(
                 vocab_size=self.model_config.vocab_size,
                 vocab_start=self.model.vocab_start,

@@ -1,0 +1,171 @@
+"""Streams between CPU ranks: what one sends another on a wire comes there in the order of the sends.
+
+Nothing here waits, and nothing says what is sent: both ends name the same transfers in the same order. One
+thread (comm/progress.py) moves the bytes of all; the kernel wakes it when a whole transfer is there, not for
+each packet, so little of a core is taken from what computes on it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import select
+import socket
+import struct
+import time
+from collections import deque
+
+import psutil
+import torch
+from torch import Tensor
+
+from weaveinf.comm.errors import RankDied
+
+_GREETING = struct.Struct("16sI")  # the listener's secret; who calls
+
+
+class Transfer:
+    """A contiguous tensor's bytes on their way. done: all of them have been handed over."""
+
+    __slots__ = ("at", "data", "done", "rank")
+
+    def __init__(self, rank: int, t: Tensor) -> None:
+        self.rank = rank
+        self.data = memoryview(t.view(torch.uint8).numpy().data).cast("B")
+        self.at = 0
+        self.done = not len(self.data)
+
+
+class Connection:
+    """Both directions between this rank and a peer."""
+
+    def __init__(self, rank: int, link: socket.socket) -> None:
+        self.rank = rank
+        self._link = link
+        self._enough = 1
+        self._out: deque[Transfer] = deque()
+        self._into: deque[Transfer] = deque()
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._link.fileno()
+
+    def send(self, t: Tensor) -> Transfer:
+        """What the network takes leaves at once, the rest in `move`."""
+        transfer = Transfer(self.rank, t)
+        if not transfer.done:
+            self._out.append(transfer)
+            self._send()
+        return transfer
+
+    def receive(self, t: Tensor) -> Transfer:
+        transfer = Transfer(self.rank, t)
+        if not transfer.done:
+            self._into.append(transfer)
+        return transfer
+
+    def wants(self) -> int:
+        """Which of poll's events let it get on; none where nothing is under way."""
+        if self._into:
+            enough = len(self._into[0].data) - self._into[0].at
+            if enough != self._enough:
+                self._link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
+                self._enough = enough
+        return (select.POLLIN if self._into else 0) | (select.POLLOUT if self._out else 0)
+
+    def move(self) -> None:
+        """Sends and receives what can be now. RankDied when the connection is broken."""
+        self._send()
+        self._receive()
+
+    def _send(self) -> None:
+        try:
+            while self._out:
+                head = self._out[0]
+                head.at += self._link.send(head.data[head.at :])
+                if head.at == len(head.data):
+                    self._out.popleft().done = True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise self._broken(error.strerror or str(error)) from error
+
+    def _receive(self) -> None:
+        try:
+            while self._into:
+                head = self._into[0]
+                count = self._link.recv_into(head.data[head.at :])
+                if not count:
+                    raise self._broken("it was closed")
+                head.at += count
+                if head.at == len(head.data):
+                    self._into.popleft().done = True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise self._broken(error.strerror or str(error)) from error
+
+    def _broken(self, words: str) -> RankDied:
+        return RankDied(self.rank, f"its connection broke in a seam ({words})")
+
+    def close(self) -> None:
+        self._link.close()
+
+
+def connect(
+    rank: int, size: int, addresses: list[str], listener: socket.socket, seconds: float
+) -> dict[int, Connection]:
+    """A connection to each peer: from each rank to all below it.
+
+    addresses: what `announce` returned on each rank. TimeoutError when a peer does not come; RankDied where
+    nobody listens any more.
+    """
+    deadline = time.monotonic() + seconds
+    found: dict[int, Connection] = {}
+    for peer in range(rank):
+        host, port, secret = addresses[peer].split()
+        try:
+            link = socket.create_connection((host, int(port)), max(0.1, deadline - time.monotonic()))
+            link.sendall(_GREETING.pack(bytes.fromhex(secret), rank))
+        except TimeoutError:
+            raise TimeoutError(
+                f"rank {peer} did not answer at {host}:{port} within {seconds:.0f} s"
+            ) from None
+        except OSError as error:
+            raise RankDied(peer, f"it cannot be reached at {host}:{port} ({error.strerror})") from error
+        found[peer] = Connection(peer, link)
+    secret = addresses[rank].split()[2]
+    while len(found) < size - 1:
+        listener.settimeout(max(0.1, deadline - time.monotonic()))
+        try:
+            link, _ = listener.accept()
+            link.settimeout(max(0.1, deadline - time.monotonic()))
+            said, peer = _GREETING.unpack(link.recv(_GREETING.size, socket.MSG_WAITALL))
+        except TimeoutError:
+            missing = next(r for r in range(size) if r != rank and r not in found)
+            raise TimeoutError(f"rank {missing} did not connect within {seconds:.0f} s") from None
+        except (OSError, struct.error):
+            continue  # not a rank
+        if secrets.compare_digest(said, bytes.fromhex(secret)) and rank < peer < size and peer not in found:
+            found[peer] = Connection(peer, link)
+        else:
+            link.close()
+    return found
+
+
+def announce(listen: dict[str, str]) -> tuple[socket.socket, str]:
+    """Listens at an interface or a host's name; the words that let a peer connect. OSError if it cannot."""
+    host = listen.get("hostname") or _address(listen["interface"])
+    family, _, _, _, at = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server(at[:2], family=family)
+    return listener, f"{at[0]} {listener.getsockname()[1]} {secrets.token_hex(16)}"
+
+
+def _address(interface: str) -> str:
+    """The interface's address; IPv4 where it has both."""
+    known = psutil.net_if_addrs().get(interface, [])
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for one in known:
+            if one.family == family:
+                return one.address
+    raise OSError(f"no interface {interface!r} with an address here; see GLOO_SOCKET_IFNAME")
