@@ -65,12 +65,10 @@ class Progress:
         self._stream: Any = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._connections: list[Connection] = []
-        self._bell, self._ear = socket.socketpair()
+        self._bell: socket.socket | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._closed = False
-        for end in (self._bell, self._ear):
-            end.setblocking(False)
 
     def add(self, connections: Sequence[Connection]) -> None:
         """Moves what they send and receive from now on; they are closed with this."""
@@ -89,6 +87,8 @@ class Progress:
             self._issue(job)
             return job
         if self._thread is None:
+            self._bell, self._ear = socket.socketpair()
+            self._bell.setblocking(False)
             self._thread = threading.Thread(target=self._run, name="weaveinf-seams", daemon=True)
             self._thread.start()
         self._queue(job)
@@ -96,6 +96,7 @@ class Progress:
 
     def _queue(self, job: Job | None) -> None:
         self._jobs.put(job)
+        assert self._bell is not None
         with suppress(BlockingIOError):  # it rings already
             self._bell.send(b".")
 
@@ -162,11 +163,13 @@ class Progress:
 
     def _move(self, needs: Transfers, deadline: float | None) -> None:
         """Waits until something can be moved, or a job came, and moves it; TimeoutError past the deadline."""
-        busy = {c.fileno(): c for c in self._connections if c.wants()}
         poll = select.poll()
         poll.register(self._ear, select.POLLIN)
-        for number, connection in busy.items():
-            poll.register(number, connection.wants())
+        busy = {}
+        for connection in self._connections:
+            if wanted := connection.wants():
+                poll.register(connection, wanted)
+                busy[connection.fileno()] = connection
         events = poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3)
         if not events:
             late = next(transfer.rank for transfer in needs if not transfer.done)
@@ -189,13 +192,13 @@ class Progress:
         if self._closed:
             return
         self._closed = True
-        if self._thread is not None:
+        if self._thread is not None and self._bell is not None:
             self._queue(None)
             self._thread.join(timeout=1.0)
-            self._thread = None
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
-        self._bell.close()
-        self._ear.close()
-        self._failure = None  # its frames hold the connections
+        late = self._thread is not None and self._thread.is_alive()
+        self._fail(RuntimeError("the ranks are closed"))
+        if self._bell is not None:
+            self._bell.close()  # the thread hears it, wherever it waits
+        if not late:
+            self._failure = None  # its frames hold the connections
+        self._thread = None

@@ -21,6 +21,7 @@ from torch import Tensor
 from weaveinf.comm.errors import RankDied
 
 _GREETING = struct.Struct("16sI")  # the listener's secret; who calls
+_GREETING_S = 2.0
 
 
 class Transfer:
@@ -134,23 +135,30 @@ def connect(
         except OSError as error:
             raise RankDied(peer, f"it cannot be reached at {host}:{port} ({error.strerror})") from error
         found[peer] = Connection(peer, link)
-    secret = addresses[rank].split()[2]
+    own = bytes.fromhex(addresses[rank].split()[2])
     while len(found) < size - 1:
         listener.settimeout(max(0.1, deadline - time.monotonic()))
         try:
             link, _ = listener.accept()
-            link.settimeout(max(0.1, deadline - time.monotonic()))
-            said, peer = _GREETING.unpack(link.recv(_GREETING.size, socket.MSG_WAITALL))
         except TimeoutError:
             missing = next(r for r in range(size) if r != rank and r not in found)
             raise TimeoutError(f"rank {missing} did not connect within {seconds:.0f} s") from None
-        except (OSError, struct.error):
-            continue  # not a rank
-        if secrets.compare_digest(said, bytes.fromhex(secret)) and rank < peer < size and peer not in found:
+        said, peer = _greeted(link)
+        if secrets.compare_digest(said, own) and rank < peer < size and peer not in found:
             found[peer] = Connection(peer, link)
         else:
             link.close()
     return found
+
+
+def _greeted(link: socket.socket) -> tuple[bytes, int]:
+    """What a caller says of itself; a stranger may say anything, or nothing."""
+    link.settimeout(_GREETING_S)
+    try:
+        said, peer = _GREETING.unpack(link.recv(_GREETING.size, socket.MSG_WAITALL))
+    except (OSError, struct.error):
+        return b"", -1
+    return said, peer
 
 
 def announce(listen: dict[str, str]) -> tuple[socket.socket, str]:
