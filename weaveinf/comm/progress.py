@@ -129,6 +129,7 @@ class Progress:
                     self._move(active[0].needs if active else (), active[0].deadline if active else None)
                 except BaseException as error:
                     self._fail(error)
+        self._ear.close()
 
     def _advance(self, job: Job) -> bool:
         """Runs a job as far as what has come allows; whether it is over."""
