@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -56,7 +57,7 @@ class Connection:
         transfer = Transfer(self.rank, t)
         if not transfer.done:
             self._out.append(transfer)
-            self._send()
+            self._pass_on(self._out, self._link.send)
         return transfer
 
     def receive(self, t: Tensor) -> Transfer:
@@ -76,31 +77,20 @@ class Connection:
 
     def move(self) -> None:
         """Sends and receives what can be now. RankDied when the connection is broken."""
-        self._send()
-        self._receive()
+        self._pass_on(self._out, self._link.send)
+        self._pass_on(self._into, self._link.recv_into)
 
-    def _send(self) -> None:
+    def _pass_on(self, queue: deque[Transfer], some: Callable[[memoryview], int]) -> None:
+        """Hands over `some` bytes again and again; none come from a closed connection."""
         try:
-            while self._out:
-                head = self._out[0]
-                head.at += self._link.send(head.data[head.at :])
-                if head.at == len(head.data):
-                    self._out.popleft().done = True
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            raise self._broken(error.strerror or str(error)) from error
-
-    def _receive(self) -> None:
-        try:
-            while self._into:
-                head = self._into[0]
-                count = self._link.recv_into(head.data[head.at :])
+            while queue:
+                head = queue[0]
+                count = some(head.data[head.at :])
                 if not count:
                     raise self._broken("it was closed")
                 head.at += count
                 if head.at == len(head.data):
-                    self._into.popleft().done = True
+                    queue.popleft().done = True
         except BlockingIOError:
             pass
         except OSError as error:
