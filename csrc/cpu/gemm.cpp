@@ -15,6 +15,7 @@ constexpr index_t MC = 192;        // rows in a block: MC * KC floats stay in th
 constexpr index_t NC = 1024;       // columns in a task, so that its float32 sums stay near
 constexpr index_t FEW_ROWS = 16;   // up to here the weights are read once and widened in registers,
 constexpr index_t FEW = 1 << 16;   // and up to here in floats of x, which fit the second-level cache
+constexpr index_t AHEAD = 1 << 14;  // bytes that memory delivers to a core in about a microsecond
 
 // Row stride of a block of x, as floats or as pairs; not a power of two, to spread over the sets.
 template <class A>
@@ -114,8 +115,10 @@ void few_rows(const Weight& w, const T* x, index_t ldx, index_t m, const Output&
   const Groups groups(m, most_rows<W>());
   constexpr index_t STEP = NR * sizeof(typename W::B);
   for (index_t p = from; p < to; ++p) {
+    // A panel that is passed once is fetched a little ahead; else the next one, a part of it in each pass.
+    const char* here = reinterpret_cast<const char*>(w.panel<W>(p));
     const char* next = reinterpret_cast<const char*>(w.panel<W>(p + 1));
-    Ahead ahead{next, STEP / groups.count};
+    Ahead ahead{groups.count == 1 ? here + AHEAD : next, STEP / groups.count};
     for (index_t g = 0; g < groups.count; ++g) {
       const index_t row = groups.start(g);
       with_rows(groups.size(g), [&](auto size) {

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -95,10 +95,10 @@ def take_share(processes: Sequence[Process], rank: int) -> None:
     """Sets the threads of torch to this rank's share of the cores that it has in common with others."""
     mine = processes[rank]
     sharing = [p for p in processes if (p.host, p.cores) == (mine.host, mine.cores)]
-    torch.set_num_threads(max(1, _physical(mine.cores) // len(sharing)))
+    torch.set_num_threads(max(1, physical(mine.cores) // len(sharing)))
 
 
-def _physical(cores: Sequence[int]) -> int:
+def physical(cores: Collection[int]) -> int:
     """Number of physical cores among logical ones."""
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from weaveinf.cluster.rank import physical
 from weaveinf.llm import LLM
 from weaveinf.models.config import ModelConfig
 from weaveinf.ops import native
@@ -26,7 +28,10 @@ class Machine:
 
     @classmethod
     def measure(cls, dtype: torch.dtype) -> Machine:
-        """Reading memory, and this package's own matrix product, with all of torch's threads."""
+        """Reading memory, and this package's own matrix product, with a thread on each core that the ranks
+        of this host may use together."""
+        share = torch.get_num_threads()
+        torch.set_num_threads(max(share, physical(os.sched_getaffinity(0))))
         with torch.inference_mode():
             memory = torch.ones(1 << 26)
             gb_per_s = memory.nbytes / _fastest(memory.sum) / 1e9
@@ -34,6 +39,7 @@ class Machine:
             x, weight = torch.randn(rows, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
             packed = pack(weight)
             gflops = 2 * rows * side * side / _fastest(lambda: linear(x, packed)) / 1e9
+        torch.set_num_threads(share)
         return cls(gb_per_s, gflops)
 
 
