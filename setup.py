@@ -23,6 +23,8 @@ FLAGS = (
     "-std=gnu++17 -O2 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
     "-fvisibility=default -Wall -Wno-psabi -Wno-unknown-pragmas -Wno-ignored-attributes"
 ).split()
+MEETING = ("shm.cpp", "streams.cpp")
+"""How ranks meet; the rest is arithmetic, compiled once for each level."""
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 LEVELS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
@@ -51,13 +53,13 @@ class BuildKernels(build_ext):
             say("no C++ compiler found")
             return
         target.mkdir(parents=True, exist_ok=True)
-        kernels = sorted(p for p in SOURCES.glob("*.cpp") if not p.name.startswith("shm"))
+        shared = [SOURCES / name for name in MEETING]
+        kernels = sorted(set(SOURCES.glob("*.cpp")) - set(shared))
         libraries = {
             f"libweaveinf_{level}.so": (kernels, flags)
             for level, flags in LEVELS.get(platform.machine(), {}).items()
         }
-        if shared := sorted(SOURCES.glob("shm*.cpp")):
-            libraries["libweaveinf_shm.so"] = (shared, ["-O3", "-lrt", "-pthread"])
+        libraries["libweaveinf_shm.so"] = (shared, ["-O3", "-lrt", "-pthread"])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [
                 pool.submit(compile_library, compiler, sources, flags, target / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from tests.comm.second import second_ranks, store_port
 from tests.ranks import pool
+from weaveinf.comm.collective import CollectiveSeam
 from weaveinf.comm.errors import RankDied
 from weaveinf.comm.progress import Transfers, Waits
 from weaveinf.comm.ranks import Ranks
+from weaveinf.comm.seam import Joint
 from weaveinf.comm.wire import Connection, announce, connect
 
 SIZES = (1, 0, 3_000_000, 17, 65_536, 0, 1_000_003, 2)
@@ -128,6 +131,28 @@ def late(ranks: Ranks, port: int) -> str:
         return str(caught.value)
 
 
-def test_a_silent_peer_is_not_waited_for_without_end() -> None:
+def late_at_a_sum(ranks: Ranks, port: int) -> str:
+    with second_ranks(ranks, port) as group:
+        group.progress._silence_s = 0.3
+        seams = [CollectiveSeam(group, 4, 8, torch.float32, "the test wants it") for _ in range(2)]
+        if ranks.rank:
+            ranks.votes.sum(torch.zeros(1))
+            return ""
+        for seam in seams:
+            seam.open(4)
+            seam.partial().zero_()
+            seam.start(Joint(torch.ones(8), 1e-5))
+        with pytest.raises(TimeoutError) as caught:
+            seams[0].finish()
+        with pytest.raises(TimeoutError):  # nothing runs any more
+            seams[1].finish()
+        with pytest.raises(TimeoutError):
+            group.progress.submit(lambda: iter(())).wait()  # type: ignore[arg-type, return-value]
+        ranks.votes.sum(torch.zeros(1))
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("wait", [late, late_at_a_sum])
+def test_a_silent_peer_is_not_waited_for_without_end(wait: Callable[[Ranks, int], str]) -> None:
     with store_port() as port:
-        assert pool(2).run(late, port)[0] == "rank 1 did not come to a seam in time"
+        assert pool(2).run(wait, port)[0] == "rank 1 did not come to a seam in time"

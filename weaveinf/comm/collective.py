@@ -9,18 +9,21 @@ are latency: each rank sends all of them to all, and computes all of them.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from weaveinf.comm.progress import Job, Transfers, Waits
+from weaveinf.comm import segment
+from weaveinf.comm.progress import Job, Sum, Transfers, Waits
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
 from weaveinf.comm.waits import wait_for
 from weaveinf.comm.wire import Connection, Transfer
-from weaveinf.ops.norm import add_rms_norm
+from weaveinf.ops import native
+from weaveinf.ops.norm import add_rms_norm, sum_norm
 
 _CHUNK_BYTES = 256 * 1024
 _FEW_BYTES = 64 * 1024
@@ -67,9 +70,10 @@ class CollectiveSeam:
         self._partial, self._x = rows(max_rows), rows(max_rows)
         self._residual, self._spare = rows(most), rows(most)
         self._inbox = rows(size * most).view(size, most, hidden)
-        self._chunks: dict[int, list[_Chunk]] = {}
         self._rows = 0
-        self._job: Job | None = None
+        self._plans: dict[tuple[int, int], tuple[Any, list[Any]]] = {}
+        self._native = bool(self._peers and segment.lib and native.lib and dtype in native.DTYPES)
+        self._job: Job | Sum | None = None
         self.ran: tuple[Any, Any] = 0.0, 0.0
 
     def open(self, rows: int) -> None:
@@ -89,13 +93,17 @@ class CollectiveSeam:
         if kept is not None:
             self._rows = len(kept)
         after = self._rows
-        self._job = self._ranks.progress.submit(lambda: self._run(joint, kept, before, after))
+        if kept is None and after and self._native:
+            self._job = self._ranks.progress.sum(self._plan(after), joint)
+        else:
+            self._job = self._ranks.progress.submit(lambda: self._run(joint, kept, before, after))
 
     def finish(self) -> Tensor:
         """See `Seam.finish`."""
         if self._job is not None:
-            self._job.wait()
-            self.ran = self._job.ran
+            job, self._job = self._job, None
+            job.wait()
+            self.ran = job.ran
         return self._x[: self._rows]
 
     def _shares(self, rows: int) -> list[tuple[int, int]]:
@@ -126,11 +134,7 @@ class CollectiveSeam:
     def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Waits:
         if kept is not None:
             yield from self._move(kept, before, rows)
-        if rows not in self._chunks:
-            if len(self._chunks) >= _KEPT:
-                self._chunks.clear()
-            self._chunks[rows] = self._cut(rows)
-        chunks = self._chunks[rows]
+        chunks = self._cut(rows)
         sums = [self._exchange(chunk.partials, chunk.inbox) for chunk in chunks]
         back: list[Transfer] = []
         for chunk, transfers in zip(chunks, sums, strict=True):
@@ -139,6 +143,30 @@ class CollectiveSeam:
             if rows > self._few:
                 back += self._exchange(chunk.mine, chunk.others)
         return back
+
+    def _plan(self, rows: int) -> int:
+        """The address of these rows' struct Plan of streams.cpp: `_run`, for the thread there."""
+        key = rows, self._residual.data_ptr()
+        if key not in self._plans:
+            if len(self._plans) >= _KEPT:
+                self._plans.clear()
+            self._plans[key] = self._written(self._cut(rows), rows > self._few)
+        return ctypes.addressof(self._plans[key][0])
+
+    def _written(self, chunks: list[_Chunk], back: bool) -> tuple[Any, list[Any]]:
+        """Also what it points to."""
+        words, held = [len(self._peers), len(chunks)], []
+        for rank, peer in self._peers.items():
+            words += [peer.fileno(), rank]
+        for chunk in chunks:
+            norm = sum_norm(chunk.sums, self._residual[chunk.own], chunk.x) if len(chunk.x) else b""
+            held.append(ctypes.create_string_buffer(norm))
+            words.append(ctypes.addressof(held[-1]) if norm else 0)
+            for rank in self._peers:
+                ways = [chunk.partials[rank], chunk.inbox[rank]]
+                ways += [chunk.mine[rank], chunk.others[rank]] if back else [chunk.x[:0]] * 2
+                words += [word for t in ways for word in (t.data_ptr(), t.nbytes)]
+        return (ctypes.c_int64 * len(words))(*words), held
 
     def _cut(self, rows: int) -> list[_Chunk]:
         shares, me = self._shares(rows), self._ranks.rank

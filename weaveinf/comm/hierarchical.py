@@ -45,6 +45,7 @@ class HierarchicalSeam(CollectiveSeam):
         super().__init__(
             ranks, max_rows, hidden, dtype, f"{len(hosts)} hosts with {len(hosts[0])} CPU ranks each"
         )
+        self._native = False  # ranks meet in the midst of it
         self._host = next(h for h, members in enumerate(hosts) if ranks.rank in members)
         self._here = hosts[self._host]
         self._place = self._here.index(ranks.rank)

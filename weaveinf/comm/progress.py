@@ -1,30 +1,38 @@
 """Where a rank's collective seams run: on CPU one thread, on CUDA one high-priority stream.
 
 On CPU, work is a generator that yields the transfers (comm/wire.py) that it needs to go on, and returns those
-that end it. The thread moves whatever can be moved. A job starts when the one before it has nothing more to
-send: the network has no pause between one half's seam and the other's, and the older one has it to itself.
+that end it; the thread moves whatever can be moved. The sums of seams, which are nearly all of it, are run by
+csrc/cpu/streams.cpp where that is there: no Python takes the core from what computes, and a seam starts when
+the one before it has nothing more to send, so the network has no pause between one half's and the other's.
 
 On CUDA no wait is the host's: whoever submits a job issues all of it, so that a graph can be captured.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import queue
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 
-from weaveinf.comm.wire import Connection, Transfer
+from weaveinf.comm import segment
+from weaveinf.comm.seam import Joint
+from weaveinf.comm.wire import Connection, Transfer, broken, late
+from weaveinf.ops import native
 
 Transfers = Sequence[Transfer]
 Waits = Generator[Transfers, None, Transfers]
 Work = Callable[[], Waits]
+
+_DIED, _SILENT, _LEFT = 1, 2, 3
+"""Kinds of problem in streams.cpp; the last: Python knows why."""
 
 
 class Job:
@@ -32,10 +40,6 @@ class Job:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.steps: Waits | None = None
-        self.needs: Transfers = ()
-        self.ending = False
-        self.deadline = 0.0
         self.after: Any = None
         self.error: BaseException | None = None
         self.ran: tuple[Any, Any] = 0.0, 0.0
@@ -56,6 +60,45 @@ class Job:
             raise self.error
 
 
+class _Outcome(ctypes.Structure):
+    """struct Outcome of streams.cpp. error: errno, or -1 where a peer closed its connection."""
+
+    _fields_ = [
+        ("began", ctypes.c_double),
+        ("ended", ctypes.c_double),
+        ("kind", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("error", ctypes.c_int64),
+    ]
+
+    def problem(self) -> BaseException | None:
+        """What went wrong; None for nothing."""
+        if self.kind == _DIED:
+            return broken(self.rank, "it was closed" if self.error < 0 else os.strerror(self.error))
+        if self.kind == _SILENT:
+            return late(self.rank)
+        return RuntimeError("the ranks are closed") if self.kind else None
+
+
+class Sum:
+    """A seam's sum under way in streams.cpp, to be waited for once."""
+
+    def __init__(self, progress: Progress, handle: int, joint: Joint) -> None:
+        self._progress = progress
+        self._handle = handle
+        self._joint = joint  # whose weight is read meanwhile
+        self.ran = 0.0, 0.0
+
+    def wait(self) -> None:
+        """See `Job.wait`."""
+        assert segment.lib is not None
+        outcome = _Outcome()
+        segment.lib.weaveinf_streams_wait(self._progress.engine, self._handle, ctypes.byref(outcome))
+        self.ran = outcome.began, outcome.ended
+        if (error := outcome.problem()) is not None:
+            raise (self._progress.failure if outcome.kind == _LEFT else None) or error
+
+
 class Progress:
     """Runs jobs, the oldest first. A transfer that takes `silence_s` is a peer that does not come."""
 
@@ -67,8 +110,9 @@ class Progress:
         self._connections: list[Connection] = []
         self._bell: socket.socket | None = None
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._closed = False
+        self.engine: int | None = None  # of streams.cpp
 
     def add(self, connections: Sequence[Connection]) -> None:
         """Moves what they send and receive from now on; they are closed with this."""
@@ -80,25 +124,42 @@ class Progress:
 
     def submit(self, work: Work) -> Job:
         """Starts `work` behind all jobs before it; on CUDA also behind the caller's stream."""
-        if self._closed:
-            raise RuntimeError("the ranks are closed")
         job = Job(work)
         if self._device.type == "cuda":
+            self._refuse_closed()
             self._issue(job)
             return job
-        if self._thread is None:
-            self._bell, self._ear = socket.socketpair()
-            self._bell.setblocking(False)
-            self._thread = threading.Thread(target=self._run, name="weaveinf-seams", daemon=True)
-            self._thread.start()
+        self._start()
         self._queue(job)
         return job
 
+    def sum(self, plan: int, joint: Joint) -> Sum:
+        """Starts a sum by the struct Plan of streams.cpp at an address, behind all jobs before it."""
+        self._start()
+        assert segment.lib is not None and native.lib is not None
+        weight, kernel = joint.weight.data_ptr(), native.lib.weave_add_rms_norm.address
+        varied = joint.eps, joint.weight_offset, joint.residual_scale
+        submit = segment.lib.weaveinf_streams_submit
+        return Sum(self, submit(self.engine, plan, kernel, weight, *varied), joint)
+
+    def _start(self) -> None:
+        self._refuse_closed()
+        if self._thread is None:
+            self._bell, self._ear = socket.socketpair()
+            self._bell.setblocking(False)
+            if segment.lib is not None:
+                self.engine = segment.lib.weaveinf_streams(self._bell.fileno(), self._ear.fileno())
+            self._thread = threading.Thread(target=self._run, name="weaveinf-seams", daemon=True)
+            self._thread.start()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("the ranks are closed")
+
     def _queue(self, job: Job | None) -> None:
         self._jobs.put(job)
-        assert self._bell is not None
-        with suppress(BlockingIOError):  # it rings already
-            self._bell.send(b".")
+        if self.engine is not None and segment.lib is not None:
+            segment.lib.weaveinf_streams_submit(self.engine, None, None, None, 0.0, 0.0, 0.0)
 
     def _issue(self, job: Job) -> None:
         if self._stream is None:
@@ -114,56 +175,46 @@ class Progress:
 
     @torch.inference_mode()  # a thread's own affair; the seams' buffers are made under it
     def _run(self) -> None:
-        active: list[Job] = []
-        closing = False
-        while active or not closing:
-            active = [job for job in active if not self._advance(job)]
-            if not closing and (not active or active[-1].ending) and not self._jobs.empty():
-                job = self._jobs.get()
-                if job is None:
-                    closing = True
-                else:
-                    active.append(job)
-            elif active or not closing:
-                try:
-                    self._move(active[0].needs if active else (), active[0].deadline if active else None)
-                except BaseException as error:
-                    self._fail(error)
+        while (job := self._next()) is not None:
+            began = time.monotonic()
+            try:
+                if self.failure is not None:
+                    raise self.failure
+                self._do(job.work())
+            except BaseException as error:
+                self._fail(error)
+                job.error = error
+            job.ran = began, time.monotonic()
+            job.settle()
         self._ear.close()
 
-    def _advance(self, job: Job) -> bool:
-        """Runs a job as far as what has come allows; whether it is over."""
+    def _next(self) -> Job | None:
+        """Runs sums until it is another job's turn."""
+        if self.engine is not None and segment.lib is not None and self.failure is None:
+            outcome = _Outcome()
+            silence_ns = int(1e9 * self._silence_s)
+            segment.lib.weaveinf_streams_run(self.engine, silence_ns, ctypes.byref(outcome))
+            if error := outcome.problem():
+                self._fail(error)
+        return self._jobs.get()
+
+    def _do(self, steps: Waits) -> None:
         try:
-            while self._failure is None:
-                if not all(transfer.done for transfer in job.needs):
-                    return False
-                if job.ending:
-                    break
-                if job.steps is None:
-                    job.ran = time.monotonic(), 0.0
-                    job.steps = job.work()
-                try:
-                    job.needs = next(job.steps)
-                except StopIteration as end:
-                    job.needs, job.ending = end.value, True
-                job.deadline = time.monotonic() + self._silence_s
-            else:  # the connections are broken: nothing runs any more
-                raise self._failure
-        except BaseException as error:
-            self._fail(error)
-            job.error = error
-        job.ran = job.ran[0], time.monotonic()
-        job.settle()
-        return True
+            while True:
+                self.wait(next(steps))
+        except StopIteration as end:
+            self.wait(end.value)
 
     def wait(self, needs: Transfers) -> None:
-        """Within a job that no other may interrupt: returns when these have come."""
+        """Within a job: returns when these have come."""
         deadline = time.monotonic() + self._silence_s
         while not all(transfer.done for transfer in needs):
+            if self.failure is not None:
+                raise self.failure
             self._move(needs, deadline)
 
-    def _move(self, needs: Transfers, deadline: float | None) -> None:
-        """Waits until something can be moved, or a job came, and moves it; TimeoutError past the deadline."""
+    def _move(self, needs: Transfers, deadline: float) -> None:
+        """Waits until something can be moved and moves it; TimeoutError past the deadline."""
         poll = select.poll()
         poll.register(self._ear, select.POLLIN)
         busy = {}
@@ -171,10 +222,9 @@ class Progress:
             if wanted := connection.wants():
                 poll.register(connection, wanted)
                 busy[connection.fileno()] = connection
-        events = poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3)
+        events = poll.poll(max(0.0, deadline - time.monotonic()) * 1e3)
         if not events:
-            late = next(transfer.rank for transfer in needs if not transfer.done)
-            raise TimeoutError(f"rank {late} did not come to a seam in time")
+            raise late(next(transfer.rank for transfer in needs if not transfer.done))
         for number, _ in events:
             if number in busy:
                 busy[number].move()
@@ -183,7 +233,9 @@ class Progress:
 
     def _fail(self, error: BaseException) -> None:
         """Nothing runs any more, and no peer waits for this rank."""
-        self._failure = self._failure or error
+        self.failure = self.failure or error
+        if self.engine is not None and segment.lib is not None:
+            segment.lib.weaveinf_streams_refuse(self.engine)
         for connection in self._connections:
             connection.close()
         self._connections = []
@@ -193,13 +245,17 @@ class Progress:
         if self._closed:
             return
         self._closed = True
-        if self._thread is not None and self._bell is not None:
+        if self._thread is not None:
             self._queue(None)
             self._thread.join(timeout=1.0)
-        late = self._thread is not None and self._thread.is_alive()
+        ended = self._thread is None or not self._thread.is_alive()
         self._fail(RuntimeError("the ranks are closed"))
         if self._bell is not None:
             self._bell.close()  # the thread hears it, wherever it waits
-        if not late:
-            self._failure = None  # its frames hold the connections
+        if ended:
+            self.failure = None  # its frames hold the connections
         self._thread = None
+
+    def __del__(self) -> None:
+        if self.engine is not None and segment.lib is not None:
+            segment.lib.weaveinf_streams_free(self.engine)

@@ -67,7 +67,15 @@ _SIGNATURES: dict[str, list[type]] = {
     "weaveinf_channel_send": [_P, _P, _I64],
     "weaveinf_channel_length": [_P, _I64, _P],
     "weaveinf_channel_take": [_P, _P, _I64],
+    "weaveinf_streams": [ctypes.c_int, ctypes.c_int],
+    "weaveinf_streams_submit": [_P, _P, _P, _P, *[ctypes.c_double] * 3],
+    "weaveinf_streams_wait": [_P, _P, _P],
+    "weaveinf_streams_run": [_P, _I64, _P],
+    "weaveinf_streams_refuse": [_P],
+    "weaveinf_streams_free": [_P],
 }
+_POINTERS = {"weaveinf_streams", "weaveinf_streams_submit"}
+"""What returns one."""
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -76,7 +84,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         for name, arguments in _SIGNATURES.items():
             getattr(library, name).argtypes = arguments
-            getattr(library, name).restype = ctypes.c_int
+            getattr(library, name).restype = _P if name in _POINTERS else ctypes.c_int
     except (OSError, AttributeError) as error:
         return None, f"the shared-memory kernels do not load ({error})"
     return library, ""

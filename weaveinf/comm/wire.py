@@ -43,7 +43,6 @@ class Connection:
     def __init__(self, rank: int, link: socket.socket) -> None:
         self.rank = rank
         self._link = link
-        self._enough = 1
         self._out: deque[Transfer] = deque()
         self._into: deque[Transfer] = deque()
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -68,11 +67,9 @@ class Connection:
 
     def wants(self) -> int:
         """Which of poll's events let it get on; none where nothing is under way."""
-        if self._into:
+        if self._into:  # streams.cpp may have set it since
             enough = len(self._into[0].data) - self._into[0].at
-            if enough != self._enough:
-                self._link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
-                self._enough = enough
+            self._link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
         return (select.POLLIN if self._into else 0) | (select.POLLOUT if self._out else 0)
 
     def move(self) -> None:
@@ -87,20 +84,27 @@ class Connection:
                 head = queue[0]
                 count = some(head.data[head.at :])
                 if not count:
-                    raise self._broken("it was closed")
+                    raise broken(self.rank, "it was closed")
                 head.at += count
                 if head.at == len(head.data):
                     queue.popleft().done = True
         except BlockingIOError:
             pass
         except OSError as error:
-            raise self._broken(error.strerror or str(error)) from error
-
-    def _broken(self, words: str) -> RankDied:
-        return RankDied(self.rank, f"its connection broke in a seam ({words})")
+            raise broken(self.rank, error.strerror or str(error)) from error
 
     def close(self) -> None:
         self._link.close()
+
+
+def broken(rank: int, words: str) -> RankDied:
+    """The error of a connection that ended."""
+    return RankDied(rank, f"its connection broke in a seam ({words})")
+
+
+def late(rank: int) -> TimeoutError:
+    """The error of a peer that sends nothing."""
+    return TimeoutError(f"rank {rank} did not come to a seam in time")
 
 
 def connect(

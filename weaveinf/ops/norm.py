@@ -92,11 +92,25 @@ def add_rms_norm(
         return triton_elementwise.add_rms_norm(partials, residual, weight, eps, offset, scale, out)
     if native.lib is None or residual.dtype not in native.DTYPES:
         return add_rms_norm_reference(partials, residual, weight, eps, offset, scale, out)
-    kernel = native.lib.weave_add_rms_norm
-    call = kernel.pack(
+    native.lib.weave_add_rms_norm.run(sum_norm(partials, residual, out, weight, eps, offset, scale))
+    return out
+
+
+def sum_norm(
+    partials: Sequence[Tensor],
+    residual: Tensor,
+    out: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    scale: float = 1.0,
+) -> bytes:
+    """The arguments of weave_add_rms_norm (csrc/cpu/sum_norm.h), for who calls it from C++, too."""
+    assert native.lib is not None
+    call = native.lib.weave_add_rms_norm.pack(
         len(partials),
         residual.data_ptr(),
-        weight.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
         out.data_ptr(),
         *residual.shape,
         eps,
@@ -105,5 +119,4 @@ def add_rms_norm(
         native.DTYPES[residual.dtype],
         torch.get_num_threads(),
     )
-    kernel.run(call + struct.pack(f"{len(partials)}P", *[partial.data_ptr() for partial in partials]))
-    return out
+    return call + struct.pack(f"{len(partials)}P", *[partial.data_ptr() for partial in partials])
