@@ -54,7 +54,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 enum Dtype : index_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
 // A kernel takes one pointer, to its arguments as weaveinf/ops packs them: fields of 8 bytes in the order of a
-// struct here. It returns 0; a seam's calls (shm.cpp), or what went wrong. So a call can be kept and made again
+// struct here. It returns 0; a seam's calls (shm.cpp, streams.cpp), or what went wrong. So a call can be kept and made again
 // (replay.cpp).
 template <class Call>
 INLINE Call unpack(const void* packed) {

@@ -102,7 +102,8 @@ struct Stream {
   int receive() {
     return pass_on(into, [&](const Slice& s) { return ::recv(fd, s.data, size_t(s.bytes), 0); });
   }
-  // Whether the system has passed on (nearly) all that it took; until it has, that is waited for, too.
+  bool idle() const { return out.slices.empty() && into.slices.empty(); }
+  // Whether the system has passed on all that it took; until it has, that is waited for, too.
   bool drained() {
     int unsent = 0;
     ioctl(fd, SIOCOUTQNSD, &unsent);
@@ -272,15 +273,16 @@ struct Engine {
       ms = int(std::max<int64_t>(0, std::chrono::ceil<std::chrono::milliseconds>(left).count()));
     }
     const int ready = poll(polled.data(), polled.size(), ms);
-    if (ready == 0) {
+    if (!active.empty() && Clock::now() >= active[0]->deadline) {
       const int64_t p = waits_for(active[0]);
       return {kSilent, active[0]->plan->peer()[p < 0 ? 0 : p].rank};
     }
-    if (ready < 0) return {};
+    if (ready <= 0) return {};
     for (size_t i = 0; i < busy.size(); ++i) {
       if (!polled[i + 1].revents) continue;
       int error = busy[i]->send();
       if (!error) error = busy[i]->receive();
+      if (!error && busy[i]->idle() && (polled[i + 1].revents & (POLLERR | POLLHUP | POLLNVAL))) error = -1;
       if (error) return {kDied, rank_of(busy[i]), error};
     }
     char rung[256];
@@ -387,11 +389,11 @@ Job* weaveinf_streams_submit(Engine* engine, const void* plan, void* kernel, con
   return job;
 }
 
-// Returns when a job is over; once for each job.
+// Returns 0 when a job is over, once for each job, or 1 after a moment, so that Python can look after signals.
 int weaveinf_streams_wait(Engine* engine, Job* job, Outcome* outcome) {
   {
     std::unique_lock<std::mutex> lock(engine->mutex);
-    engine->settled.wait(lock, [&] { return job->over; });
+    if (!engine->settled.wait_for(lock, std::chrono::milliseconds(200), [&] { return job->over; })) return 1;
   }
   *outcome = {seconds(job->began), seconds(job->ended), job->problem};
   delete job;
@@ -402,6 +404,10 @@ int weaveinf_streams_wait(Engine* engine, Job* job, Outcome* outcome) {
 int weaveinf_streams_run(Engine* engine, int64_t silence_ns, Outcome* outcome) {
   outcome->problem = engine->run(std::chrono::nanoseconds(silence_ns));
   if (!outcome->problem.kind) return 0;
+  {
+    std::lock_guard<std::mutex> lock(engine->mutex);
+    if (engine->failure.kind) outcome->problem = engine->failure;  // of which this one comes
+  }
   for (Job* job : engine->active) engine->settle(job, outcome->problem);
   engine->active.clear();
   engine->refuse(outcome->problem);

@@ -1,4 +1,4 @@
-// The call of weave_add_rms_norm, which the seam of shm.cpp makes too.
+// The call of weave_add_rms_norm, which the seams of shm.cpp and streams.cpp make too.
 #pragma once
 
 #include <cstddef>

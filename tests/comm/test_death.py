@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -18,6 +20,7 @@ from tests.comm.second import second_ranks, store_port
 from tests.ranks import RankPool
 from weaveinf.comm.aid import aid
 from weaveinf.comm.choose import make_seam
+from weaveinf.comm.collective import CollectiveSeam
 from weaveinf.comm.errors import RankDied
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint
@@ -60,6 +63,16 @@ def in_halves(ranks: Ranks) -> Callable[[], object]:
     return step
 
 
+def in_sums(ranks: Ranks) -> Callable[[], object]:
+    """The same over TCP, on ranks that have compiled kernels."""
+    with mock.patch.object(sys.modules[__name__], "make_seam", over_tcp):
+        return in_halves(ranks)
+
+
+def over_tcp(*arguments: Any) -> CollectiveSeam:
+    return CollectiveSeam(*arguments, "the test wants it")
+
+
 def in_product(ranks: Ranks) -> Callable[[], object]:
     """One of several ranks that wait for the tiles of the one that is killed."""
     seam = make_seam(ranks, 64, 32, torch.bfloat16)
@@ -95,7 +108,7 @@ def die(
     victim: int,
     folder: str,
 ) -> None:
-    with second_ranks(ranks, port) as group:
+    with second_ranks(ranks, port, library=wait is in_sums) as group:
         step = wait(group)
         if wait is not in_channel:
             for _ in range(3):
@@ -124,6 +137,7 @@ def die(
         (in_seam, 1, True),
         (in_halves, 1, False),
         (in_halves, 0, True),
+        (in_sums, 1, True),
         (in_channel, 0, True),
     ],
 )

@@ -19,6 +19,7 @@ from weaveinf.comm.progress import Transfers, Waits
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint
 from weaveinf.comm.wire import Connection, announce, connect
+from weaveinf.ops import native
 
 SIZES = (1, 0, 3_000_000, 17, 65_536, 0, 1_000_003, 2)
 
@@ -132,13 +133,14 @@ def late(ranks: Ranks, port: int) -> str:
 
 
 def late_at_a_sum(ranks: Ranks, port: int) -> str:
-    with second_ranks(ranks, port) as group:
+    with second_ranks(ranks, port, library=True) as group:
         group.progress._silence_s = 0.3
         seams = [CollectiveSeam(group, 4, 8, torch.float32, "the test wants it") for _ in range(2)]
         if ranks.rank:
             ranks.votes.sum(torch.zeros(1))
             return ""
         for seam in seams:
+            assert seam._native == (native.lib is not None)
             seam.open(4)
             seam.partial().zero_()
             seam.start(Joint(torch.ones(8), 1e-5))
@@ -150,6 +152,52 @@ def late_at_a_sum(ranks: Ranks, port: int) -> str:
             group.progress.submit(lambda: iter(())).wait()  # type: ignore[arg-type, return-value]
         ranks.votes.sum(torch.zeros(1))
         return str(caught.value)
+
+
+def gone_at_a_sum(ranks: Ranks, port: int) -> str:
+    """Rank 1 leaves while rank 0 waits for it, and nobody ever waits for the second seam."""
+    with second_ranks(ranks, port, library=True) as group:
+        seams = [CollectiveSeam(group, 4, 8, torch.float32, "the test wants it") for _ in range(2)]
+        if ranks.rank:
+            time.sleep(0.2)
+            return ""
+        for seam in seams:
+            seam.open(4)
+            seam.start(Joint(torch.ones(8), 1e-5))
+        for seam in seams[:1] * 2:
+            with pytest.raises(RankDied) as caught:
+                seam.finish()
+        return str(caught.value)
+
+
+def test_a_peer_that_leaves() -> None:
+    with store_port() as port:
+        words = pool(2).run(gone_at_a_sum, port)[0]
+    assert words.startswith("rank 1 died: its connection broke in a seam")
+
+
+def closed_under_way(ranks: Ranks, port: int) -> None:
+    """Whoever closes while a sum is under way is told so, and nothing is left behind."""
+    with second_ranks(ranks, port, library=True) as group:
+        seam = CollectiveSeam(group, 4, 8, torch.float32, "the test wants it")
+        if ranks.rank == 0:
+            seam.open(4)
+            seam.start(Joint(torch.ones(8), 1e-5))
+            job = seam._job
+            seam.close()
+            group.close()
+            assert job is not None
+            with pytest.raises(RuntimeError, match="the ranks are closed"):
+                job.wait()
+        ranks.votes.sum(torch.zeros(1))
+    assert (
+        not any(thread.name == "weaveinf-seams" for thread in threading.enumerate()) or ranks.progress._thread
+    )
+
+
+def test_closing_while_a_sum_is_under_way() -> None:
+    with store_port() as port:
+        pool(2).run(closed_under_way, port)
 
 
 @pytest.mark.parametrize("wait", [late, late_at_a_sum])

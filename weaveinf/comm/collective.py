@@ -29,7 +29,7 @@ _CHUNK_BYTES = 256 * 1024
 _FEW_BYTES = 64 * 1024
 """What a rank may send in all for its rows to count as few."""
 
-_KEPT = 32  # row counts whose chunks are remembered
+_KEPT = 32  # row counts whose plans are remembered
 
 
 class _Chunk(NamedTuple):
@@ -70,6 +70,7 @@ class CollectiveSeam:
         self._partial, self._x = rows(max_rows), rows(max_rows)
         self._residual, self._spare = rows(most), rows(most)
         self._inbox = rows(size * most).view(size, most, hidden)
+        self._memory = self._partial, self._x, self._residual, self._spare, self._inbox
         self._rows = 0
         self._plans: dict[tuple[int, int], tuple[Any, list[Any]]] = {}
         self._native = bool(self._peers and segment.lib and native.lib and dtype in native.DTYPES)
@@ -89,21 +90,23 @@ class CollectiveSeam:
 
     def start(self, joint: Joint, kept: Tensor | None = None) -> None:
         """See `Seam.start`. The progress thread runs it."""
+        if joint.weight.dtype != self._x.dtype:
+            raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {self._x.dtype}")
         before = self._rows
         if kept is not None:
             self._rows = len(kept)
         after = self._rows
         if kept is None and after and self._native:
-            self._job = self._ranks.progress.sum(self._plan(after), joint)
+            plan, held = self._plan(after)
+            self._job = self._ranks.progress.sum(ctypes.addressof(plan), joint, (plan, held, self._memory))
         else:
             self._job = self._ranks.progress.submit(lambda: self._run(joint, kept, before, after))
 
     def finish(self) -> Tensor:
         """See `Seam.finish`."""
         if self._job is not None:
-            job, self._job = self._job, None
-            job.wait()
-            self.ran = job.ran
+            self._job.wait()
+            self.ran = self._job.ran
         return self._x[: self._rows]
 
     def _shares(self, rows: int) -> list[tuple[int, int]]:
@@ -144,17 +147,16 @@ class CollectiveSeam:
                 back += self._exchange(chunk.mine, chunk.others)
         return back
 
-    def _plan(self, rows: int) -> int:
-        """The address of these rows' struct Plan of streams.cpp: `_run`, for the thread there."""
+    def _plan(self, rows: int) -> tuple[Any, list[Any]]:
+        """These rows' struct Plan of streams.cpp (`_run`, for the thread there) and what it points to."""
         key = rows, self._residual.data_ptr()
         if key not in self._plans:
             if len(self._plans) >= _KEPT:
                 self._plans.clear()
             self._plans[key] = self._written(self._cut(rows), rows > self._few)
-        return ctypes.addressof(self._plans[key][0])
+        return self._plans[key]
 
     def _written(self, chunks: list[_Chunk], back: bool) -> tuple[Any, list[Any]]:
-        """Also what it points to."""
         words, held = [len(self._peers), len(chunks)], []
         for rank, peer in self._peers.items():
             words += [peer.fileno(), rank]
@@ -260,8 +262,10 @@ class CollectiveSeam:
 
     def close(self) -> None:
         """See `Seam.close`."""
+        if self._job is None or self._job.over:  # or the thread's end closes them
+            self._ranks.progress.remove(list(self._peers.values()))
+            for peer in self._peers.values():
+                peer.close()
+        self._peers, self._plans = {}, {}
+        self._native = False
         self._job = None
-        self._ranks.progress.remove(list(self._peers.values()))
-        for peer in self._peers.values():
-            peer.close()
-        self._peers = {}

@@ -71,7 +71,7 @@ class HierarchicalSeam(CollectiveSeam):
         return x if self._rows > self._few else self._few_x[: self._rows]
 
     def _run(self, joint: Joint, kept: Tensor | None, before: int, rows: int) -> Waits:
-        """To its end at once: two seams whose meetings mix would wait for each other."""
+        """No other seam may come between: two whose meetings mix would wait for each other."""
         try:
             if kept is not None:
                 for transfers in self._move(kept, before, rows):

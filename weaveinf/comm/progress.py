@@ -45,6 +45,11 @@ class Job:
         self.ran: tuple[Any, Any] = 0.0, 0.0
         self._done = threading.Event()
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is under way any more."""
+        return self._done.is_set()
+
     def settle(self) -> None:
         """Said by the thread: it ran, or `error` is why not."""
         self._done.set()
@@ -81,22 +86,32 @@ class _Outcome(ctypes.Structure):
 
 
 class Sum:
-    """A seam's sum under way in streams.cpp, to be waited for once."""
+    """A seam's sum under way in streams.cpp. held: what it reads and writes meanwhile."""
 
-    def __init__(self, progress: Progress, handle: int, joint: Joint) -> None:
+    def __init__(self, progress: Progress, handle: int, held: Any) -> None:
+        self.held = held
+        self.over = False
+        self.error: BaseException | None = None
+        self.ran = 0.0, 0.0
         self._progress = progress
         self._handle = handle
-        self._joint = joint  # whose weight is read meanwhile
-        self.ran = 0.0, 0.0
 
     def wait(self) -> None:
         """See `Job.wait`."""
-        assert segment.lib is not None
-        outcome = _Outcome()
-        segment.lib.weaveinf_streams_wait(self._progress.engine, self._handle, ctypes.byref(outcome))
-        self.ran = outcome.began, outcome.ended
-        if (error := outcome.problem()) is not None:
-            raise (self._progress.failure if outcome.kind == _LEFT else None) or error
+        if not self.over:
+            assert segment.lib is not None
+            outcome = _Outcome()
+            here = self._progress.engine, self._handle, ctypes.byref(outcome)
+            while segment.lib.weaveinf_streams_wait(*here):
+                pass  # now signals are looked after
+            self.over = True
+            self.ran = outcome.began, outcome.ended
+            self.error = outcome.problem()
+            if outcome.kind == _LEFT:
+                self.error = self._progress.failure or self.error
+            self._progress.settled(self)
+        if self.error is not None:
+            raise self.error
 
 
 class Progress:
@@ -113,6 +128,7 @@ class Progress:
         self.failure: BaseException | None = None
         self._closed = False
         self.engine: int | None = None  # of streams.cpp
+        self._sums: set[Sum] = set()  # under way, as long as nobody has heard otherwise
 
     def add(self, connections: Sequence[Connection]) -> None:
         """Moves what they send and receive from now on; they are closed with this."""
@@ -133,14 +149,21 @@ class Progress:
         self._queue(job)
         return job
 
-    def sum(self, plan: int, joint: Joint) -> Sum:
-        """Starts a sum by the struct Plan of streams.cpp at an address, behind all jobs before it."""
+    def sum(self, plan: int, joint: Joint, held: Any) -> Sum:
+        """Starts a sum by the struct Plan of streams.cpp at an address, behind all jobs before it; holds what
+        that points to."""
         self._start()
         assert segment.lib is not None and native.lib is not None
         weight, kernel = joint.weight.data_ptr(), native.lib.weave_add_rms_norm.address
         varied = joint.eps, joint.weight_offset, joint.residual_scale
         submit = segment.lib.weaveinf_streams_submit
-        return Sum(self, submit(self.engine, plan, kernel, weight, *varied), joint)
+        job = Sum(self, submit(self.engine, plan, kernel, weight, *varied), (joint, held))
+        self._sums.add(job)
+        return job
+
+    def settled(self, job: Sum) -> None:
+        """Nothing of it is under way any more."""
+        self._sums.discard(job)
 
     def _start(self) -> None:
         self._refuse_closed()
@@ -183,7 +206,7 @@ class Progress:
                 self._do(job.work())
             except BaseException as error:
                 self._fail(error)
-                job.error = error
+                job.error = self.failure
             job.ran = began, time.monotonic()
             job.settle()
         self._ear.close()
@@ -237,22 +260,26 @@ class Progress:
         if self.engine is not None and segment.lib is not None:
             segment.lib.weaveinf_streams_refuse(self.engine)
         for connection in self._connections:
-            connection.close()
-        self._connections = []
+            connection.end()
 
     def close(self) -> None:
         """Lets the thread end behind what is queued; waits a second for it at most."""
         if self._closed:
             return
         self._closed = True
-        if self._thread is not None:
+        thread = self._thread
+        if thread is not None:
             self._queue(None)
-            self._thread.join(timeout=1.0)
-        ended = self._thread is None or not self._thread.is_alive()
+            thread.join(timeout=1.0)
         self._fail(RuntimeError("the ranks are closed"))
         if self._bell is not None:
             self._bell.close()  # the thread hears it, wherever it waits
-        if ended:
+        if thread is not None:
+            thread.join(timeout=1.0)
+        if thread is None or not thread.is_alive():
+            for connection in self._connections:
+                connection.close()
+            self._connections, self._sums = [], set()
             self.failure = None  # its frames hold the connections
         self._thread = None
 

@@ -1,4 +1,5 @@
-"""A segment of POSIX shared memory that all ranks of one host map, and the calls into csrc/cpu/shm.cpp.
+"""A segment of POSIX shared memory that all ranks of one host map, and the library of csrc/cpu/shm.cpp (which
+works on it) and streams.cpp.
 
 A segment has a name only while the ranks are mapping it: it is unlinked as soon as all have, so whatever
 happens later, nothing is left behind. Its pages are reserved when it is made, so that a full /dev/shm is

@@ -1,8 +1,8 @@
 """Streams between CPU ranks: what one sends another on a wire comes there in the order of the sends.
 
 Nothing here waits, and nothing says what is sent: both ends name the same transfers in the same order. One
-thread (comm/progress.py) moves the bytes of all; the kernel wakes it when a whole transfer is there, not for
-each packet, so little of a core is taken from what computes on it.
+thread (comm/progress.py, csrc/cpu/streams.cpp) moves the bytes of all; the kernel wakes it when a whole
+transfer is there, not for each packet, so little of a core is taken from what computes on it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import torch
@@ -92,6 +93,11 @@ class Connection:
             pass
         except OSError as error:
             raise broken(self.rank, error.strerror or str(error)) from error
+
+    def end(self) -> None:
+        """Lets nobody wait for it, here or there; its number stays its own until `close`."""
+        with suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._link.close()
