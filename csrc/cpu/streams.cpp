@@ -3,7 +3,7 @@
 // The thread that computes lends it moments of its core, so there is no Python in it.
 //
 // Python's own path (comm/progress.py) moves the same bytes in the same order, one seam after another; here a
-// seam starts when the one before it has nothing more to send.
+// seam starts when the network has all that the one before it sends.
 #include <algorithm>
 #include <cerrno>
 #include <chrono>

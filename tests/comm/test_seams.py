@@ -20,7 +20,7 @@ from weaveinf.comm.seam import Joint, Seam, share_of
 from weaveinf.ops import native
 from weaveinf.ops.norm import add_rms_norm_reference
 
-MAX_ROWS, HIDDEN = 701, 1000  # no multiple of any vector width; several chunks for gloo
+MAX_ROWS, HIDDEN = 701, 1000  # no multiple of any vector width; several chunks over TCP
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 """The mean square is summed in another order, so its last bits are free; one unit of bfloat16."""
 KINDS = ("shared memory", "collective", "collective, by Python on odd ranks")

@@ -2,8 +2,8 @@
 
 On CPU, work is a generator that yields the transfers (comm/wire.py) that it needs to go on, and returns those
 that end it; the thread moves whatever can be moved. The sums of seams, which are nearly all of it, are run by
-csrc/cpu/streams.cpp where that is there: no Python takes the core from what computes, and a seam starts when
-the one before it has nothing more to send, so the network has no pause between one half's and the other's.
+csrc/cpu/streams.cpp where that is there: no Python takes the core from what computes, and a sum starts as
+soon as the network has all that the one before it sends, so it never pauses and the older one is not slowed.
 
 On CUDA no wait is the host's: whoever submits a job issues all of it, so that a graph can be captured.
 """
