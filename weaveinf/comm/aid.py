@@ -110,6 +110,7 @@ class Aid:
             weight.panels = kept.copy_(weight.panels)
             weight.product = self._product(weight, at)
             at += pages(kept.nbytes)
+        memory.enlarge(region, at - region)
 
     def _product(self, weight: PackedWeight, at: int) -> Product:
         assert weight.panels is not None

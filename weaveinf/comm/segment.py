@@ -33,6 +33,16 @@ LINE = 128
 BLAMED = 28
 """Where in it the int32 `blamed` lies."""
 
+_LARGE = 2 << 20
+"""Bytes of a large page."""
+
+_FIXED, _COLLAPSE = 0x10, 25
+"""mmap's MAP_FIXED and madvise's MADV_COLLAPSE, which Python has no names for."""
+
+_mmap = ctypes.CDLL(None, use_errno=True).mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+
 SILENCE_S = 300.0
 """How long a living peer may stay silent before a wait gives up."""
 
@@ -117,6 +127,18 @@ def pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+def _map(fd: int, size: int, populate: bool) -> tuple[mmap.mmap, int]:
+    """The file's mapping, and where in it the file begins: at a large page's boundary, for `enlarge`."""
+    room = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_WRITE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    start = -address % _LARGE
+    flags = mmap.MAP_SHARED | _FIXED | (mmap.MAP_POPULATE if populate else 0)
+    place = _mmap(address + start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if place != address + start:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return room, start
+
+
 class Segment:
     """One shared mapping. Made by the lowest rank, mapped by the others, of one host.
 
@@ -136,8 +158,7 @@ class Segment:
                 os.ftruncate(self.fd, size)
                 if not sparse:
                     self.reserve(0, size)
-            populate = 0 if sparse else mmap.MAP_POPULATE
-            self._map = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED | populate)
+            self._map, self._start = _map(self.fd, size, populate=not sparse)
             # Of the process, not inherited by a fork, and gone with it. It also goes when the process
             # closes any descriptor of this file, hence one open() a process.
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
@@ -146,7 +167,7 @@ class Segment:
                 self.unlink()
             self.close()
             raise
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map, self._start))
 
     def reserve(self, offset: int, size: int) -> None:
         """Gets pages for a part of it. OSError when /dev/shm is too small."""
@@ -170,7 +191,13 @@ class Segment:
             count *= extent
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + offset).view(shape)
+
+    def enlarge(self, offset: int, size: int) -> None:
+        """Large pages for a part that is written, where the system can give them: a processor that streams it
+        spends less time on addresses."""
+        with suppress(OSError):
+            self._map.madvise(_COLLAPSE, self._start + offset, size)
 
     def group(self, offset: int, size: int, silence_s: float, blame: int | None = None) -> Group:
         """The counter lines at `offset`, met by ranks 0 to size-1 of this segment.
