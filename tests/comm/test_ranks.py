@@ -15,7 +15,8 @@ from weaveinf.comm import segment
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.ranks import Ranks, _partition
 from weaveinf.comm.seam import Joint
-from weaveinf.comm.segment import Segment
+from weaveinf.comm.segment import PAGE, Segment
+from weaveinf.ops import large
 
 
 def hosts(ranks: Ranks) -> tuple[tuple[int, ...], ...]:
@@ -88,6 +89,22 @@ def test_a_segment_has_a_name_nobody_guesses_and_only_while_needed(made: Segment
     made.unlink()
     assert not path.exists()
     made.tensor(0, (4096,), torch.uint8).fill_(1)  # the memory stays
+
+
+def test_large_pages_keep_what_was_written_where_it_was() -> None:
+    size = 3 * large.PAGE + PAGE
+    one = Segment(size, 0)
+    try:
+        assert one.address % large.PAGE == 0
+        bytes_ = one.tensor(PAGE, (size - PAGE,), torch.uint8)
+        written = torch.randint(0, 256, bytes_.shape, dtype=torch.uint8)
+        bytes_.copy_(written)
+        one.enlarge(PAGE, size - PAGE)
+        assert torch.equal(bytes_, written)
+        assert os.pread(one.fd, size - PAGE, PAGE) == written.numpy().tobytes()
+    finally:
+        one.unlink()
+        one.close()
 
 
 def test_a_full_shm_says_how_much_is_needed() -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from weaveinf.comm.errors import RankDied
+from weaveinf.ops import large
 from weaveinf.ops.native import DIRECTORY
 
 SHM = Path("/dev/shm")
@@ -32,9 +33,6 @@ LINE = 128
 """Bytes of one rank's counter line (struct Line)."""
 BLAMED = 28
 """Where in it the int32 `blamed` lies."""
-
-_LARGE = 2 << 20
-"""Bytes of a large page."""
 
 _FIXED, _COLLAPSE = 0x10, 25
 """mmap's MAP_FIXED and madvise's MADV_COLLAPSE, which Python has no names for."""
@@ -129,12 +127,10 @@ def pages(size: int) -> int:
 
 def _map(fd: int, size: int, populate: bool) -> tuple[mmap.mmap, int]:
     """The file's mapping, and where in it the file begins: at a large page's boundary, for `enlarge`."""
-    room = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_WRITE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    start = -address % _LARGE
+    room, start = large.room(size)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(room)) + start
     flags = mmap.MAP_SHARED | _FIXED | (mmap.MAP_POPULATE if populate else 0)
-    place = _mmap(address + start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
-    if place != address + start:
+    if _mmap(place, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != place:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return room, start
 
@@ -194,8 +190,7 @@ class Segment:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + offset).view(shape)
 
     def enlarge(self, offset: int, size: int) -> None:
-        """Large pages for a part that is written, where the system can give them: a processor that streams it
-        spends less time on addresses."""
+        """Large pages for a part that is written, where the system can give them."""
         with suppress(OSError):
             self._map.madvise(_COLLAPSE, self._start + offset, size)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from weaveinf.ops import native
+from weaveinf.ops import large, native
 
 Product = Callable[[Tensor, Tensor | None, Tensor], None]
 """(x [M, K], bias [N] or None, out [M, N] to be filled)."""
@@ -59,19 +58,12 @@ def _panels(weight: Tensor, lib: native.Library) -> Tensor:
     """The layout of csrc/cpu/gemm.cpp: panels of bfloat16 or float32, widened in registers."""
     n, k = weight.shape
     dtype = native.DTYPES[weight.dtype]
-    panels = _memory(lib.packed_bytes(n, k, dtype))
+    panels = large.memory(lib.packed_bytes(n, k, dtype))
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     lib.weave_pack(
         weight.data_ptr(), weight.stride(0), n, k, dtype, panels.data_ptr(), torch.get_num_threads()
     )
     return panels
-
-
-def _memory(nbytes: int) -> Tensor:
-    """Bytes whose first begins a cache line. numpy asks for large pages, as torch does not: with small ones
-    a processor that streams weights spends a part of its time on addresses."""
-    memory = torch.from_numpy(np.empty(nbytes + 64, np.uint8))
-    return memory[-memory.data_ptr() % 64 :][:nbytes]
 
 
 def panels_product(panels: Tensor, n: int, k: int, weight_dtype: torch.dtype) -> Product:
