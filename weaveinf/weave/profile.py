@@ -87,14 +87,15 @@ class Profile:
 def measure(run: Run, num_layers: int, most_rows: int, most_tokens: int) -> Profile:
     """Runs steps of several sizes, whole and woven. Every rank calls it; each finds its own times."""
     rows = tuple(n for n in ROWS if n <= most_rows) or (most_rows,)
-    whole = {n: _record(run, n, 0, 0) for n in rows}
-    woven = {n: _record(run, n, 0, n // 2) for n in rows}
+    pairs = {n: [(run(n, 0, 0), run(n, 0, n // 2)) for _ in range(_tries(n))] for n in rows}
+    whole, woven = ({n: [pair[i] for pair in pairs[n]] for n in rows} for i in (0, 1))
     means = {n: _means(whole[n]) for n in rows}
     deep = min(rows[-1], max(rows[0], most_tokens // 4))
     before = max(0, min(most_tokens - deep, 3 * deep))
     per_work = 0.0
     if before:
-        near, far = (_means(_record(run, deep, context, 0))["attention"] for context in (0, before))
+        times = range(_tries(deep))
+        near, far = (_means([run(deep, at, 0) for _ in times])["attention"] for at in (0, before))
         per_work = max(0.0, far - near) / (deep * before)
     ones, none = (1.0,) * len(rows), (0.0,) * len(rows)
     found = Profile(
@@ -125,12 +126,9 @@ def _halves(rows: int) -> list[Half]:
     return [Half(cut, cut / 2), Half(rows - cut, (cut + rows) / 2)]
 
 
-def _record(run: Run, rows: int, context: int, cut: int) -> list[list[Span]]:
-    """A few such steps."""
-    found = []
-    for _ in range(3 if rows <= 512 else 2):
-        found.append(run(rows, context, cut))
-    return found
+def _tries(rows: int) -> int:
+    """Of a step of so many rows: small ones vary more, and are soon done."""
+    return 9 if rows <= 128 else 3 if rows <= 512 else 2
 
 
 def _total(tries: Sequence[Sequence[Span]]) -> float:
