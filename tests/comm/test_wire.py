@@ -69,6 +69,32 @@ def test_all_that_is_sent_arrives_in_order(size: int) -> None:
     pool(size).run(exchange)
 
 
+def congestion(link: socket.socket) -> bytes:
+    """Which congestion control it has."""
+    return link.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+@pytest.mark.skipif(congestion(socket.socket()) != b"bbr", reason="connections are not BBR's here anyway")
+def test_both_ends_of_a_connection_are_not_bbr_s() -> None:
+    listener, mine = announce({"interface": "lo"})
+    other, theirs = announce({"interface": "lo"})
+    ends: dict[int, dict[int, Connection]] = {}
+
+    def rank(number: int, listens: socket.socket) -> None:
+        ends[number] = connect(number, 2, [mine, theirs], listens, 10.0)
+
+    threads = [threading.Thread(target=rank, args=args) for args in ((0, listener), (1, other))]
+    with listener, other:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [congestion(ends[rank][1 - rank]._link) for rank in (0, 1)] == [b"reno"] * 2
+    for end in ends.values():
+        for connection in end.values():
+            connection.close()
+
+
 def test_strangers_are_turned_away() -> None:
     listener, mine = announce({"interface": "lo"})
     other, theirs = announce({"hostname": "localhost"})

@@ -62,6 +62,7 @@ class Ranks:
         self._listen = {"interface": "lo"}
         self._agreements: Counter[str] = Counter()
         self._groups: list[Backend] = []
+        self._gloo: Any = None
 
     @classmethod
     def single(cls, device: torch.device) -> Ranks:
@@ -135,7 +136,9 @@ class Ranks:
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
             options._timeout = timeout
-            options._devices = [gloo.create_device(**self._listen)]
+            # One for all groups: its thread wakes a hundred times a second, on a core that computes.
+            self._gloo = self._gloo or gloo.create_device(**self._listen)
+            options._devices = [self._gloo]
             group = gloo(store, self.rank, self.size, options)
         self._groups.append(group)
         return group
@@ -193,6 +196,7 @@ class Ranks:
         if self.segment is not None:
             self.segment.close()
         self._groups.clear()
+        self._gloo = None
         self.seams = None
         self._store = None
 

@@ -47,11 +47,6 @@ class Connection:
         self._out: deque[Transfer] = deque()
         self._into: deque[Transfer] = deque()
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if link.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
-            # It paces by what it has seen delivered, and after bursts with pauses between them it has been
-            # seen to let a seam's rows lie for 10 to 90 ms on an idle link.
-            with suppress(OSError):
-                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         link.setblocking(False)
 
     def fileno(self) -> int:
@@ -131,7 +126,10 @@ def connect(
     for peer in range(rank):
         host, port, secret = addresses[peer].split()
         try:
-            link = socket.create_connection((host, int(port)), max(0.1, deadline - time.monotonic()))
+            link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            _never_pace(link)
+            link.settimeout(max(0.1, deadline - time.monotonic()))
+            link.connect((host, int(port)))
             link.sendall(_GREETING.pack(bytes.fromhex(secret), rank))
         except TimeoutError:
             raise TimeoutError(
@@ -171,7 +169,16 @@ def announce(listen: dict[str, str]) -> tuple[socket.socket, str]:
     host = listen.get("hostname") or _address(listen["interface"])
     family, _, _, _, at = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     listener = socket.create_server(at[:2], family=family)
+    _never_pace(listener)  # nor will what it accepts
     return listener, f"{at[0]} {listener.getsockname()[1]} {secrets.token_hex(16)}"
+
+
+def _never_pace(link: socket.socket) -> None:
+    """BBR gives way in a connection that is yet to come (once there, its pacing stays): it paces by what it
+    saw delivered, and a seam's rows, which come in bursts, lay for 10 to 90 ms before an idle link."""
+    if link.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
+        with suppress(OSError):
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def _address(interface: str) -> str:
