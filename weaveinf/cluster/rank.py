@@ -74,10 +74,13 @@ def follow(config: EngineConfig, store: dist.Store, rank: int, size: int) -> int
             ranks.close()
         time.sleep(FAREWELL_S)
         return 1
-    pulse.end("left")
-    worker.close()
-    ranks.close()
-    return 0
+    else:
+        pulse.end("left")
+        worker.close()
+        ranks.close()
+        return 0
+    finally:
+        pulse.close()
 
 
 def meet(board: Board) -> list[Process]:
@@ -130,13 +133,16 @@ class Pulse:
         self._state = "loading"
         self._end: End | None = None
         self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
         self._parent = os.getppid()
 
     def start(self, processes: Sequence[Process]) -> None:
         """From now on this rank follows the end of rank 0."""
         self._first = processes[0]
         self._near = self._first.host == processes[self._board.rank].host
-        threading.Thread(target=self._watch, name="pulse", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
+        self._thread.start()
 
     def run(self, worker: Worker) -> None:
         """The rank has loaded."""
@@ -148,6 +154,13 @@ class Pulse:
         with suppress(RuntimeError):  # the store went: rank 0 is gone, too
             self._show(state, end)
 
+    def close(self) -> None:
+        """Ends the thread, as a rule before it returns: inside the store when the interpreter ends, it would
+        abort the process."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(timeout=FAREWELL_S)
+
     def _show(self, state: str | None = None, end: End | None = None) -> None:
         with self._lock:
             if state is not None:
@@ -156,8 +169,7 @@ class Pulse:
 
     def _watch(self) -> None:
         heard, since = -1, time.monotonic()
-        while self._state != "left":
-            time.sleep(BEAT_S)
+        while not self._over.wait(BEAT_S):
             try:
                 self._show()
                 off = self._board.called_off()
