@@ -125,17 +125,17 @@ def connect(
     found: dict[int, Connection] = {}
     for peer in range(rank):
         host, port, secret = addresses[peer].split()
+        link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
             _never_pace(link)
             link.settimeout(max(0.1, deadline - time.monotonic()))
             link.connect((host, int(port)))
             link.sendall(_GREETING.pack(bytes.fromhex(secret), rank))
-        except TimeoutError:
-            raise TimeoutError(
-                f"rank {peer} did not answer at {host}:{port} within {seconds:.0f} s"
-            ) from None
         except OSError as error:
+            link.close()
+            if isinstance(error, TimeoutError):
+                words = f"rank {peer} did not answer at {host}:{port} within {seconds:.0f} s"
+                raise TimeoutError(words) from None
             raise RankDied(peer, f"it cannot be reached at {host}:{port} ({error.strerror})") from error
         found[peer] = Connection(peer, link)
     own = bytes.fromhex(addresses[rank].split()[2])
