@@ -110,7 +110,8 @@ def main() -> None:
     command = f"python bench/overlap.py {' '.join(sys.argv[1:])}".strip()
     lines = ["# Woven beside plain over limited links", "", table(results), ""]
     lines += ["Plain: this engine whole, or with one all-reduce and a local norm at every joint, the faster."]
-    lines += ["Hidden: of what communication could be hidden under this step's compute at most.", ""]
+    lines += ["Hidden: of the smaller of what no communication, and what communication alone, would save."]
+    lines += ["More than all where two seams under way use the link better than one after another.", ""]
     lines += [decode_table(decode), "", "Woven: cut in the middle; predicted: of the best cut.", ""]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
     lines += [f"Command: `{command}`", ""]

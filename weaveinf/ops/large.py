@@ -21,11 +21,13 @@ def room(nbytes: int) -> tuple[mmap.mmap, int]:
 
 
 def memory(nbytes: int) -> Tensor:
-    """Bytes [nbytes] in large pages, unless the last of them would waste more than an eighth."""
-    whole = -(-nbytes // PAGE) * PAGE
-    if whole - nbytes > nbytes // 8:
+    """Bytes [nbytes], in large pages but for an end that would waste more than an eighth of them all."""
+    in_large = -(-nbytes // PAGE) * PAGE
+    if in_large - nbytes > nbytes // 8:
+        in_large = nbytes // PAGE * PAGE
+    if not in_large:
         return torch.empty(nbytes, dtype=torch.uint8)
-    where, start = room(whole)
+    where, start = room(max(nbytes, in_large))
     with suppress(OSError, AttributeError):  # the system need not have any
-        where.madvise(mmap.MADV_HUGEPAGE)
+        where.madvise(mmap.MADV_HUGEPAGE, start, in_large)
     return torch.frombuffer(where, dtype=torch.uint8, count=nbytes, offset=start)
