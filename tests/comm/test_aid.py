@@ -44,11 +44,11 @@ def share_products(ranks: Ranks, dtype: torch.dtype, idle: int) -> None:
         for rows in (WORTH - 1, WORTH, 197, MAX_ROWS):
             for weight in weights:
                 x = torch.randn(rows, weight.k, generator=random).to(dtype)
-                assert weight.panels is not None
+                assert weight.stored is not None
                 want = torch.empty(rows, HIDDEN, dtype=dtype)
                 call = native.lib.weave_linear  # type: ignore[union-attr]
                 alone = (native.DTYPES[dtype], x.data_ptr(), weight.k, rows, 0, want.data_ptr(), HIDDEN)
-                call(weight.panels.data_ptr(), HIDDEN, weight.k, *alone, native.DTYPES[dtype], 1)
+                call(weight.stored.data_ptr(), HIDDEN, weight.k, *alone, native.DTYPES[dtype], 1)
                 seam.open(rows)
                 out = seam.partial().fill_(torch.nan)
                 linear(x, weight, out=out)

@@ -14,8 +14,9 @@ from weaveinf.weave.graphs import Graphs
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def test_replayed_tokens_are_those_of_eager_steps(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, "llama")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_replayed_tokens_are_those_of_eager_steps(tmp_path: Path, family: str) -> None:
+    make_checkpoint(tmp_path, family)
     prompts = [list(range(1, 8 + 3 * i)) for i in range(11)]
     params = [SamplingParams(temperature=0, max_tokens=4 + 5 * i, ignore_eos=True) for i in range(11)]
     answers = []

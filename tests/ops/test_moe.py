@@ -8,7 +8,11 @@ import torch
 from tests.ops.builds import DTYPES, close, poisoned
 from weaveinf.ops import native
 from weaveinf.ops.linear import pack
-from weaveinf.ops.moe import moe, moe_reference, route
+from weaveinf.ops.moe import ExpertWeights, moe, moe_reference, route
+
+
+def packed(weights: list[torch.Tensor]) -> ExpertWeights:
+    return ExpertWeights([pack(weight) for weight in weights])
 
 
 def test_routing_takes_the_largest_and_renormalises_on_demand() -> None:
@@ -50,7 +54,7 @@ def test_experts(
     down = [torch.randn(hidden, inner).to(dtype) for _ in range(experts)]
     weights, ids = route(torch.randn(rows, experts), top_k, renormalize=True)
     out = poisoned(rows, hidden, dtype=dtype)
-    got = moe(x, [pack(w) for w in gate_up], [pack(w) for w in down], weights, ids, out)
+    got = moe(x, packed(gate_up), packed(down), weights, ids, out)
     assert got is out
     if rows:
         # The products before the activation may round one unit apart, and 22 of them are summed.
@@ -63,5 +67,5 @@ def test_an_expert_that_no_row_chose_is_not_read() -> None:
     gate_up = [torch.randn(6, 8), poisoned(6, 8, dtype=torch.float32), torch.randn(6, 8)]
     down = [torch.randn(8, 3), poisoned(8, 3, dtype=torch.float32), torch.randn(8, 3)]
     out = poisoned(2, 8, dtype=torch.float32)
-    moe(x, [pack(w) for w in gate_up], [pack(w) for w in down], weights, ids, out)
+    moe(x, packed(gate_up), packed(down), weights, ids, out)
     close(out, moe_reference(x, gate_up, down, weights, ids), 64)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weaveinf.ops.activation import silu_mul_reference
 from weaveinf.ops.attention import paged_attention_reference
+from weaveinf.ops.moe import moe_reference, route
 from weaveinf.ops.norm import add_rms_norm_reference, rms_norm_reference
 from weaveinf.ops.rope import rope_reference_, write_kv_reference
 
@@ -157,12 +158,45 @@ def check_attention(
     close(kernels.paged_attention(q, *arguments), want)
 
 
+def check_moe(
+    device: str, dtype: torch.dtype, rows: int = 9, experts: int = 5, top_k: int = 2, used: int = 4
+) -> None:
+    """Of the experts, the first `used` are chosen; what no row chose holds NaN."""
+    from weaveinf.ops import triton_moe as kernels
+
+    torch.manual_seed(7)
+    hidden, inner = 40, 88
+    x = torch.randn(rows, hidden + 3, device=device).to(dtype)[:, :hidden]
+    gate_up = torch.randn(experts, 2 * inner, hidden, device=device).to(dtype)
+    down = (torch.randn(experts, hidden, inner, device=device) / 8).to(dtype)
+    gate_up[used:] = down[used:] = torch.nan
+    logits = torch.randn(rows, experts, device=device)
+    logits[:, used:] = -torch.inf
+    shares, ids = route(logits, top_k, renormalize=True)
+    tables = [
+        torch.tensor([one.data_ptr() for one in weights], dtype=torch.int64, device=device)
+        for weights in (gate_up, down)
+    ]
+    got = kernels.moe(x, *tables, inner, shares, ids)
+    assert got.dtype == torch.float32 and got.shape == (rows, hidden)
+    if rows:
+        # Products before the activation may round apart, and 88 of them are summed.
+        want = moe_reference(x, list(gate_up), list(down), shares, ids)
+        tolerance = 4 * ROUNDING[dtype]
+        torch.testing.assert_close(got.to(dtype), want, atol=tolerance, rtol=tolerance)
+
+
 CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "rms_norm": (check_rms_norm, {}),
     "add_rms_norm": (check_add_rms_norm, {}),
     "rope": (check_rope, {}),
     "write_kv": (check_write_kv, {}),
     "silu_mul": (check_silu_mul, {}),
+    "experts": (check_moe, {}),
+    "experts: no rows": (check_moe, {"rows": 0}),
+    "experts: one row": (check_moe, {"rows": 1, "experts": 16, "top_k": 4, "used": 15}),
+    "experts: one for all rows": (check_moe, {"rows": 70, "experts": 3, "top_k": 1, "used": 1}),
+    "experts: many rows": (check_moe, {"rows": 150, "experts": 4, "top_k": 3}),
     "attention: one head a group": (check_attention, {"group": 1}),
     "attention: groups of 3": (check_attention, {"group": 3}),
     "attention: groups of 7": (check_attention, {"group": 7}),

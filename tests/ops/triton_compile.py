@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from weaveinf.ops import triton_attention, triton_elementwise
+from weaveinf.ops import triton_attention, triton_elementwise, triton_moe
 
 
 class Hopper:
@@ -75,6 +75,14 @@ def elementwise(dtype: torch.dtype) -> None:
     triton_elementwise.silu_mul(torch.zeros(8, 2 * 7168, dtype=dtype))
 
 
+def experts(dtype: torch.dtype, rows: int) -> None:
+    """As rank 0 of 8 of Mixtral-8x22B would call it."""
+    hidden, inner, count = 6144, 2048, 8
+    weights = torch.zeros(count, dtype=torch.int64)
+    ids = torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) % count
+    triton_moe.moe(torch.zeros(rows, hidden, dtype=dtype), weights, weights, inner, torch.ones(rows, 2), ids)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     compile_instead_of_launching()
@@ -82,3 +90,6 @@ if __name__ == "__main__":
         attention(torch.bfloat16, rows, seqs, window)
     attention(torch.float32, 8, 8, None)
     elementwise(torch.bfloat16)
+    for rows in (4, 100, 1000):
+        experts(torch.bfloat16, rows)
+    experts(torch.float32, 100)

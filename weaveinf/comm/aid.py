@@ -54,7 +54,7 @@ def aid(ranks: Ranks, max_rows: int, weights: Sequence[PackedWeight], seams: Seq
     shared = [seam for seam in seams if isinstance(seam, SharedSeam)]
     if len(shared) < len(seams):
         return None
-    panels = [w.panels for w in weights if w.panels is not None]
+    panels = [w.stored for w in weights if w.stored is not None]
     able = ranks.size <= len(os.sched_getaffinity(0)) and len(panels) == len(weights) > 0
     room = pages(max_rows * max(w.k for w in weights) * weights[0].dtype.itemsize) if able else 0
     region = room + sum(pages(one.nbytes) for one in panels)
@@ -104,17 +104,17 @@ class Aid:
         self._x = region
         at = region + room
         for weight in weights:
-            assert weight.panels is not None
-            memory.reserve(at, weight.panels.nbytes)  # one after another: none lies twice in memory for long
-            kept = memory.tensor(at, (weight.panels.nbytes,), torch.uint8)
-            weight.panels = kept.copy_(weight.panels)
+            assert weight.stored is not None
+            memory.reserve(at, weight.stored.nbytes)  # one after another: none lies twice in memory for long
+            kept = memory.tensor(at, (weight.stored.nbytes,), torch.uint8)
+            weight.stored = kept.copy_(weight.stored)
             weight.product = self._product(weight, at)
             at += pages(kept.nbytes)
         memory.enlarge(region, at - region)
 
     def _product(self, weight: PackedWeight, at: int) -> Product:
-        assert weight.panels is not None
-        alone = panels_product(weight.panels, weight.n, weight.k, weight.dtype)
+        assert weight.stored is not None
+        alone = panels_product(weight.stored, weight.n, weight.k, weight.dtype)
 
         def product(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
             place = self._place(out.data_ptr()) if x.shape[0] >= WORTH else None

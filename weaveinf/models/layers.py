@@ -24,7 +24,7 @@ from weaveinf.ops.activation import silu_mul
 from weaveinf.ops.attention import paged_attention
 from weaveinf.ops.embedding import embed
 from weaveinf.ops.linear import PackedWeight, linear
-from weaveinf.ops.moe import moe, route
+from weaveinf.ops.moe import ExpertWeights, moe, route
 from weaveinf.ops.norm import rms_norm
 from weaveinf.ops.rope import rope_, write_kv
 
@@ -304,10 +304,10 @@ class ExpertMlp:
         hidden, inner, count = config.hidden_size, experts.intermediate_size, experts.count
         own = parts.share.of(inner)
         self.router = weights.packed(rows(f"{name}.gate.weight", count, hidden, range(count)), wide=True)
-        self.gate_up: list[PackedWeight] = []
-        self.down: list[PackedWeight] = []
+        gate_up: list[PackedWeight] = []
+        down: list[PackedWeight] = []
         fused = weights.has(f"{name}.experts.gate_up_proj")
-        gate, up, down = (f"{name}.experts.{{}}.{which}.weight" for which in projections)
+        names = [f"{name}.experts.{{}}.{which}.weight" for which in projections]
         for e in range(count):
             if fused:
                 both, only = f"{name}.experts.gate_up_proj", slice(e, e + 1)
@@ -318,10 +318,11 @@ class ExpertMlp:
                 tall = (only, slice(None), slice(own.start, own.stop))
                 back = Piece(f"{name}.experts.down_proj", (count, hidden, inner), tall)
             else:
-                halves = [rows(n.format(e), inner, hidden, own) for n in (gate, up)]
-                back = columns(down.format(e), hidden, inner, own)
-            self.gate_up.append(weights.packed(*halves))
-            self.down.append(weights.packed(back))
+                halves = [rows(n.format(e), inner, hidden, own) for n in names[:2]]
+                back = columns(names[2].format(e), hidden, inner, own)
+            gate_up.append(weights.packed(*halves))
+            down.append(weights.packed(back))
+        self.gate_up, self.down = ExpertWeights(gate_up), ExpertWeights(down)
 
     def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
         assert x is not None

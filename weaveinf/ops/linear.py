@@ -16,14 +16,15 @@ Product = Callable[[Tensor, Tensor | None, Tensor], None]
 class PackedWeight:
     """A weight [n, k] in the layout that this device multiplies fastest (made by `pack`).
 
-    panels: its bytes in the layout of csrc/cpu/gemm.cpp, where `product` reads that.
+    stored: what `product` reads: bytes in the layout of csrc/cpu/gemm.cpp, on CUDA the weight itself; None
+        where it is a library's or torch's own affair.
     """
 
-    def __init__(self, weight: Tensor, product: Product, panels: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, product: Product, stored: Tensor | None = None) -> None:
         self.n, self.k = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self.product = product
-        self.panels = panels
+        self.stored = stored
 
 
 def linear_reference(
@@ -51,7 +52,9 @@ def pack(weight: Tensor, wide: bool = False) -> PackedWeight:
         if native.lib is not None:
             panels, (n, k) = _panels(weight, native.lib), weight.shape
             return PackedWeight(weight, panels_product(panels, n, k, weight.dtype), panels)
-    return PackedWeight(weight, _cuda(weight) if weight.is_cuda else _torch(weight, wide))
+    if weight.is_cuda:
+        return PackedWeight(weight, _cuda(weight), weight)
+    return PackedWeight(weight, _torch(weight, wide))
 
 
 def _panels(weight: Tensor, lib: native.Library) -> Tensor:

@@ -63,7 +63,7 @@ class Weaver:
         if self._on_cpu:
             if ranks.size == 1 or self.seam.fused:
                 self.repeated = Tapes(self._run, model.scratch.memory)
-        elif model_config.experts is None:
+        else:
             self.repeated = Graphs(self._run, model.scratch.memory, self._most, ranks.device)
         self.why = self._objection(config)
         if not self.why:
