@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NVRTC := $(VENV)/.nvrtc
 
 .PHONY: demo test test-slow check format build clean
 
 demo: $(READY)
 	$(BIN)/weaveinf demo
 
-test: $(READY)
+test: $(READY) $(NVRTC)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(READY)
@@ -39,9 +40,14 @@ TORCH := $(if $(shell command -v nvidia-smi),torch==2.13.0,\
 	torch==2.13.0))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-$(READY): pyproject.toml setup.py requirements.lock Makefile $(wildcard csrc/cpu/*)
+$(READY): pyproject.toml setup.py requirements.lock Makefile $(wildcard csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements.lock
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $(READY)
+
+# The tests compile csrc/cuda for GPUs that need not be here. Where it cannot be had, they skip.
+$(NVRTC): $(READY)
+	-$(PIP) nvidia-cuda-nvrtc==13.5.37
+	touch $(NVRTC)

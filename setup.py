@@ -1,4 +1,5 @@
-"""Compiles csrc/cpu into weaveinf/_native: one library per instruction-set level (see ops/native.py).
+"""Compiles csrc/cpu into weaveinf/_native: one library per instruction-set level (see ops/native.py); puts
+csrc/cuda beside them, which is compiled where it runs (ops/cuda.py).
 
 Without a C++ compiler the package installs all the same and says in one line what that costs.
 """
@@ -19,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
 FLAGS = (
     "-std=gnu++17 -O2 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
     "-fvisibility=default -Wall -Wno-psabi -Wno-unknown-pragmas -Wno-ignored-attributes"
@@ -45,6 +47,9 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         target = (ROOT if self.inplace else Path(self.build_lib)) / "weaveinf" / "_native"
+        target.mkdir(parents=True, exist_ok=True)
+        for source in CUDA.iterdir():
+            shutil.copyfile(source, target / source.name)
         compiler = shlex.split(os.environ.get("CXX", ""))
         if not compiler:
             found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
@@ -52,7 +57,6 @@ class BuildKernels(build_ext):
         if not compiler:
             say("no C++ compiler found")
             return
-        target.mkdir(parents=True, exist_ok=True)
         shared = [SOURCES / name for name in MEETING]
         kernels = sorted(set(SOURCES.glob("*.cpp")) - set(shared))
         libraries = {
@@ -70,13 +74,13 @@ class BuildKernels(build_ext):
                 say(f"{name} was not built ({error})")
 
     def get_outputs(self) -> list[str]:
-        return [str(p) for p in (Path(self.build_lib) / "weaveinf" / "_native").glob("*.so")]
+        return [str(p) for p in (Path(self.build_lib) / "weaveinf" / "_native").glob("*")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
     def get_source_files(self) -> list[str]:
-        return [str(p.relative_to(ROOT)) for p in SOURCES.iterdir()]
+        return [str(p.relative_to(ROOT)) for folder in (SOURCES, CUDA) for p in folder.iterdir()]
 
 
 def compile_library(compiler: list[str], sources: list[Path], flags: list[str], target: Path) -> str | None:

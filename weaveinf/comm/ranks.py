@@ -143,6 +143,16 @@ class Ranks:
         self._groups.append(group)
         return group
 
+    def symmetric_group(self) -> str:
+        """The name by which torch's symmetric memory knows these ranks, from now on."""
+        from torch.distributed._symmetric_memory import _SymmetricMemory
+
+        assert self._store is not None
+        name = self.agree(f"weaveinf-{secrets.token_hex(8)}")[0]
+        store = dist.PrefixStore("symmetric", self._store)
+        _SymmetricMemory.set_group_info(name, self.rank, self.size, store)
+        return name
+
     def wire(self) -> dict[int, Connection]:
         """A new connection to each peer, which `progress` moves; every rank calls it.
 

@@ -70,8 +70,8 @@ def moe(
     if x.is_cuda:
         from weaveinf.ops import triton_moe
 
-        inner = down.packed[0].k
-        return out.copy_(triton_moe.moe(x, gate_up.addresses, down.addresses, inner, weights, ids))
+        tables = gate_up.addresses, down.addresses
+        return out.copy_(triton_moe.moe(x, *tables, down.packed[0].k, weights, ids))
     rows, top_k = ids.shape
     order = ids.flatten().argsort(stable=True)
     counts = ids.flatten().bincount(minlength=len(gate_up.packed)).tolist()

@@ -38,7 +38,7 @@ def _experts(
     W [n, k]. Grid: (row tiles, column tiles).
     """
     tile = tl.program_id(0)
-    # Expert e owns tiles from starts[e] // BLOCK_M + e on: the last e whose first tile is not beyond this one.
+    # Expert e owns tiles from starts[e] // BLOCK_M + e on: the last one that begins at this tile or before.
     low = 0
     high = num_experts
     while high - low > 1:

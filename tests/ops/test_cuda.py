@@ -1,0 +1,106 @@
+"""csrc/cuda compiled for Hopper and Blackwell, without a GPU: no spills, no more registers than a block of
+its threads has, and the instructions of the switch. What it computes: tests/comm/test_symmetric.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weaveinf.ops import cuda
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SIZES = {
+    "BFloat16": (512, 2880, 8192, 16384),
+    "Float16": (5120,),
+    "Float32": (512, 16384),
+}
+
+
+def nvrtc() -> Any:
+    for folder in (spec.submodule_search_locations or [] for spec in [find_spec("nvidia")] if spec):
+        for path in Path(next(iter(folder))).glob("cu*/lib/libnvrtc.so.*"):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+LIBRARY = nvrtc()
+TRITON = find_spec("triton")
+pytestmark = pytest.mark.skipif(
+    LIBRARY is None or TRITON is None, reason="needs nvidia-cuda-nvrtc, and triton for its cuobjdump"
+)
+
+
+def compiled(architecture: str, defines: dict[str, Any]) -> bytes:
+    """seam.cu as NVRTC makes it; what it has to say is an error."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    header = (SOURCES / "ptx.cuh").read_bytes()
+    LIBRARY.nvrtcCreateProgram(
+        ctypes.byref(program),
+        (SOURCES / "seam.cu").read_bytes(),
+        b"seam.cu",
+        1,
+        (ctypes.c_char_p * 1)(header),
+        (ctypes.c_char_p * 1)(b"ptx.cuh"),
+    )
+    words = [f"-arch={architecture}", "-std=c++17", *(f"-D{key}={value}" for key, value in defines.items())]
+    LIBRARY.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*map(str.encode, words)))
+    LIBRARY.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    LIBRARY.nvrtcGetProgramLog(program, log)
+    assert log.value == b"", log.value.decode()
+    LIBRARY.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    LIBRARY.nvrtcGetCUBIN(program, cubin)
+    LIBRARY.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+def dump(what: str, cubin: bytes, home: Path) -> str:
+    assert TRITON is not None and TRITON.origin is not None
+    tool = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    (home / "seam.cubin").write_bytes(cubin)
+    return subprocess.run(
+        [tool, what, home / "seam.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def cases() -> list[tuple[str, int, int, bool, bool]]:
+    found = [
+        (element, hidden, ranks, multimem, False)
+        for element, sizes in SIZES.items()
+        for hidden, ranks, multimem in product(sizes, (2, 8), (False, True))
+    ]
+    return [*found, ("BFloat16", 8192, 1, False, False), ("BFloat16", 8192, 8, True, True)]
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_no_spills_and_the_switch_s_instructions(architecture: str, tmp_path: Path) -> None:
+    dtypes = {"BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32}
+    for element, hidden, ranks, multimem, fp8 in cases():
+        defines = {
+            "ELEMENT": element,
+            "HIDDEN": hidden,
+            "RANKS": ranks,
+            "MULTIMEM": int(multimem),
+            "FP8": int(fp8),
+            "MAX_THREADS": 1024,
+        }
+        cubin = compiled(architecture, defines)
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage", cubin, tmp_path)))
+        threads = cuda.seam_threads(hidden, dtypes[element])
+        assert usage["LOCAL"] == usage["STACK"] == "0", (defines, usage)
+        assert int(usage["REG"]) <= min(255, 65536 // threads // 8 * 8), (defines, usage)
+        code = dump("-sass", cubin, tmp_path)
+        assert ("LDGMC" in code) == multimem, defines
+        wide = re.findall(r"LDGMC\.\S*" if multimem else r"LDG\.E\.NA\.128", code)
+        assert len(wide) >= (1 if multimem else ranks if ranks < 4 else 4), defines
+        assert re.search(r"STG\.E\.(64|128)", code), defines

@@ -1,0 +1,204 @@
+"""The seam of GPUs that map each other's memory: one kernel on few SMs (csrc/cuda/seam.cu).
+
+"multimem" where a switch sums and spreads (NVLink SHARP), "peer" where it does not. Written for CUDA, so far
+run on threads of a CPU only (tests/comm/test_symmetric.py), and never compiled by more than a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weaveinf.comm.progress import Job, Waits
+from weaveinf.comm.ranks import Ranks
+from weaveinf.comm.seam import Joint, share_of
+from weaveinf.ops import cuda
+
+MAX_BLOCKS = 64
+BLOCKS = 8
+"""SMs that a seam takes. At 8 the published kernel reaches 90 % of what it reaches at all."""
+
+
+class Call(ctypes.Structure):
+    """struct Call of seam.cu."""
+
+    _fields_ = [
+        ("buffers", ctypes.c_void_p * 8),
+        *((name, ctypes.c_void_p) for name in ("multicast", "weight", "kept")),
+        ("epochs", ctypes.c_void_p * 8),
+        *((name, ctypes.c_void_p) for name in ("failed", "said")),
+        ("patience_ns", ctypes.c_uint64),
+        *(
+            (f"{name}_at", ctypes.c_int64)
+            for name in ("partial", "x", "scales", "pads", "residual", "old_residual")
+        ),
+        *((name, ctypes.c_int32) for name in ("rank", "rows", "old_rows", "fresh")),
+        *((name, ctypes.c_float) for name in ("eps", "offset", "scale")),
+    ]
+
+
+class Memory(NamedTuple):
+    """As many bytes of every rank, zero at first, mapped here; multicast: the address of all, or 0."""
+
+    buffers: list[Tensor]
+    multicast: int
+
+
+def allocate(ranks: Ranks, nbytes: int) -> Memory:
+    """Symmetric memory of torch; every rank calls it. RuntimeError where the GPUs do not map each other's."""
+    from torch.distributed._symmetric_memory import _SymmetricMemory
+
+    group = ranks.symmetric_group()
+    own = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, ranks.device, group)
+    own.zero_()
+    torch.cuda.synchronize(ranks.device)
+    handle = _SymmetricMemory.rendezvous(own, group)
+    buffers = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(ranks.size)]
+    buffers[ranks.rank] = own
+    return Memory(buffers, handle.multicast_ptr)
+
+
+class SymmetricSeam:
+    """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`."""
+
+    fused = True
+
+    def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
+        self._ranks, self._hidden, self._dtype = ranks, hidden, dtype
+        self._max_rows = max_rows
+        row = hidden * dtype.itemsize
+        most = -(-max_rows // ranks.size) + 1  # the last row of a residual is nobody's: see `insert`
+        parts = {
+            "partial": max_rows * row,
+            "x": max_rows * row,
+            "residual": most * row,
+            "old_residual": most * row,
+            "pads": MAX_BLOCKS * 8 * 4,
+        }
+        self._at: dict[str, int] = {}
+        size = 0
+        for name, nbytes in parts.items():
+            self._at[name] = size
+            size += -(-nbytes // 256) * 256
+        self._memory = memory = allocate(ranks, size)
+        self.name = "multimem" if memory.multicast else "peer"
+        self.why = "the switch sums" if memory.multicast else "the ranks map each other's memory"
+        self._kernel = cuda.seam(dtype, hidden, ranks.size, memory.multicast != 0)
+        on_gpu = ranks.device.type == "cuda"
+        self._said = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
+        # Of this rank alone: the meetings of every block, and who did not come.
+        self._counts = torch.zeros(MAX_BLOCKS + 1, dtype=torch.int32, device=ranks.device)
+        self._call = self._constants()
+        self._rows, self._fresh = 0, True
+        self._held: Any = None
+        self._job: Job | None = None
+        self.ran: tuple[Any, Any] = 0.0, 0.0
+        ranks.agree("")  # nobody sends signals before all pads are zero
+
+    def _constants(self) -> Call:
+        call, here, rank = Call(), self._memory, self._ranks.rank
+        for r, buffer in enumerate(here.buffers):
+            call.buffers[r] = buffer.data_ptr()
+        call.epochs[rank] = self._counts.data_ptr()
+        call.failed = self._counts[MAX_BLOCKS:].data_ptr()
+        call.said = self._said.data_ptr()
+        call.multicast = here.multicast
+        call.patience_ns = int(1e9 * self._ranks.silence_s)
+        call.partial_at, call.x_at, call.pads_at = (self._at[name] for name in ("partial", "x", "pads"))
+        call.rank = rank
+        return call
+
+    def _view(self, name: str, rows: int, rank: int | None = None) -> Tensor:
+        buffer = self._memory.buffers[self._ranks.rank if rank is None else rank]
+        nbytes = rows * self._hidden * self._dtype.itemsize
+        return buffer[self._at[name] : self._at[name] + nbytes].view(self._dtype).view(rows, self._hidden)
+
+    def open(self, rows: int) -> None:
+        """See `Seam.open`."""
+        if rows > self._max_rows:
+            raise ValueError(f"{rows} rows in a seam made for {self._max_rows}")
+        self._rows, self._fresh = rows, True
+
+    def partial(self) -> Tensor:
+        """See `Seam.partial`."""
+        return self._view("partial", self._rows)
+
+    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+        """See `Seam.start`. A stream of its own runs it."""
+        if joint.weight.dtype != self._dtype:
+            raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {self._dtype}")
+        before = self._rows
+        if kept is not None:
+            kept = kept.contiguous()
+            self._rows = len(kept)
+            self._at["residual"], self._at["old_residual"] = self._at["old_residual"], self._at["residual"]
+        self._submit(joint, kept, before)
+        self._fresh = False
+
+    def _submit(self, joint: Joint | None, kept: Tensor | None, before: int) -> None:
+        """Without a joint only a meeting of all ranks."""
+        self._check()
+        call = Call.from_buffer_copy(self._call)
+        call.residual_at, call.old_residual_at = self._at["residual"], self._at["old_residual"]
+        call.old_rows, call.fresh = before, self._fresh
+        if joint is not None:
+            call.rows, call.weight = self._rows, joint.weight.data_ptr()
+            call.eps, call.offset, call.scale = joint.eps, joint.weight_offset, joint.residual_scale
+            call.kept = kept.data_ptr() if kept is not None else None
+
+        # `memory` lives until the kernel ran, even if the seam is closed meanwhile.
+        def run(memory: Memory = self._memory) -> Waits:
+            self._kernel(call, BLOCKS)
+            yield from ()
+            return ()
+
+        self._held = joint, kept
+        self._job = self._ranks.progress.submit(run)
+
+    def _check(self) -> None:
+        if missing := int(self._said[0]):
+            raise TimeoutError(f"rank {missing - 1} did not come to a seam in time")
+
+    def finish(self) -> Tensor:
+        """See `Seam.finish`."""
+        if self._job is not None:
+            self._job.wait()
+            self.ran = self._job.ran
+            self._check()
+        return self._view("x", self._rows)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """See `Seam.gather`. Each rank reads the others' rows."""
+        self.finish()
+        result = torch.zeros(len(rows), self._hidden, dtype=self._dtype, device=rows.device)
+        if self._fresh:
+            return result
+        for rank in range(self._ranks.size):
+            first, last = share_of(self._rows, self._ranks.size, rank)
+            theirs = self._view("residual", last - first + 1, rank)
+            here = ((rows >= first) & (rows < last)).unsqueeze(1)
+            result = torch.where(here, theirs[(rows - first).clamp(0, last - first)], result)
+        self._submit(None, None, self._rows)  # nobody goes on and changes what another still reads
+        return result
+
+    def insert(self, rows: Tensor, values: Tensor) -> None:
+        """See `Seam.insert`. Each rank keeps those of its share; the others land behind it."""
+        self.finish()
+        first, last = share_of(self._rows, self._ranks.size, self._ranks.rank)
+        mine = self._view("residual", last - first + 1)
+        if self._fresh:
+            mine.zero_()
+            self._fresh = False
+        own = (rows >= first) & (rows < last)
+        mine.index_copy_(0, torch.where(own, rows - first, last - first), values)
+        self._submit(None, None, self._rows)  # nobody reads another's before all have theirs
+
+    def close(self) -> None:
+        """See `Seam.close`. On a GPU it waits for its own kernels, whose waits have deadlines."""
+        if self._memory.buffers and self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        self._job, self._held = None, None
+        self._memory = Memory([], 0)

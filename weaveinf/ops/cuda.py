@@ -1,0 +1,67 @@
+"""The CUDA C++ of csrc/cuda: compiled by NVRTC through cupy for the GPU at hand when it is first wanted, and
+kept on disk by cupy. No compiler has to be installed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCES = Path(__file__).parent.parent / "_native"
+"""setup.py puts the sources there."""
+
+
+def objection() -> str:
+    """Why nothing can be compiled here, or nothing."""
+    if importlib.util.find_spec("cupy") is None:
+        major = (torch.version.cuda or "13").split(".")[0]
+        return f"cupy is missing: pip install 'weaveinf[cu{major}]'"
+    return (
+        "" if (SOURCES / "seam.cu").exists() else f"{SOURCES} lacks the CUDA sources: install weaveinf anew"
+    )
+
+
+class Kernel:
+    """One kernel, which takes one structure by value.
+
+    defines: what the source is compiled with. Raises cupy's CompileException.
+    """
+
+    def __init__(self, name: str, threads: int, **defines: Any) -> None:
+        import cupy
+
+        options = ("-std=c++17", f"-I{SOURCES}", *(f"-D{key}={value}" for key, value in defines.items()))
+        module = cupy.RawModule(code=(SOURCES / f"{name}.cu").read_text(), options=options)
+        self._kernel = module.get_function(name)
+        self._address = self._kernel.kernel.ptr
+        self._threads = threads
+
+    def __call__(self, argument: ctypes.Structure, blocks: int, rows: int = 1) -> None:
+        """Launches a grid of blocks by rows on torch's current stream, which the host does not wait for."""
+        from cupy_backends.cuda.api import driver
+
+        stream = torch.cuda.current_stream().cuda_stream
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        grid, block = (blocks, rows, 1), (self._threads, 1, 1)
+        driver.launchKernel(self._address, *grid, *block, 0, stream, ctypes.addressof(arguments), 0)
+
+
+@cache
+def seam(dtype: torch.dtype, hidden: int, ranks: int, multimem: bool) -> Kernel:
+    """csrc/cuda/seam.cu for these sizes."""
+    elements = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+    threads = seam_threads(hidden, dtype)
+    sizes = {"HIDDEN": hidden, "RANKS": ranks, "MULTIMEM": int(multimem), "FP8": 0, "MAX_THREADS": 1024}
+    return Kernel("seam", threads, ELEMENT=elements[dtype], **sizes)
+
+
+def seam_threads(hidden: int, dtype: torch.dtype, most: int = 1024) -> int:
+    """THREADS of seam.cu."""
+    vectors = hidden * dtype.itemsize // 16
+    each = -(-vectors // most)
+    lanes = -(-vectors // (32 * each)) * 32
+    return lanes * max(1, min(most // lanes, 8))
