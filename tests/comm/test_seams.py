@@ -155,7 +155,7 @@ def halves(ranks: Ranks, kind: str, dtype: torch.dtype) -> None:
     seams = [build(kind, ranks, dtype) for _ in range(2)]
     oracles = [Oracle(ranks, seam, dtype, seed=3 + i) for i, seam in enumerate(seams)]
     chain = joints(dtype)
-    for rows in ((700, 3), (64, 65), (1, 1)):
+    for rows in ((MAX_ROWS - 1, 3), (64, 65), (1, 1)):
         for oracle, count in zip(oracles, rows, strict=True):
             oracle.open(count)
             oracle.start(next(chain))

@@ -62,7 +62,11 @@ def allocate(ranks: Ranks, nbytes: int) -> Memory:
 
 
 class SymmetricSeam:
-    """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`."""
+    """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`.
+
+    Every rank makes it; all meet (`Ranks.agree`) before the first start, so that all pads are zero. What
+    `allocate` raises, or the compiler.
+    """
 
     fused = True
 
@@ -96,7 +100,6 @@ class SymmetricSeam:
         self._held: Any = None
         self._job: Job | None = None
         self.ran: tuple[Any, Any] = 0.0, 0.0
-        ranks.agree("")  # nobody sends signals before all pads are zero
 
     def _constants(self) -> Call:
         call, here, rank = Call(), self._memory, self._ranks.rank
@@ -150,8 +153,8 @@ class SymmetricSeam:
             call.kept = kept.data_ptr() if kept is not None else None
 
         # `memory` lives until the kernel ran, even if the seam is closed meanwhile.
-        def run(memory: Memory = self._memory) -> Waits:
-            self._kernel(call, BLOCKS)
+        def run(memory: Memory = self._memory, blocks: int = BLOCKS) -> Waits:
+            self._kernel(call, blocks)
             yield from ()
             return ()
 

@@ -16,9 +16,18 @@ import torch
 from weaveinf import __version__
 from weaveinf.comm import segment
 from weaveinf.commands.report import Machine, write_json
-from weaveinf.ops import native
+from weaveinf.ops import cuda, native
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +77,11 @@ def _choices(size: int) -> dict[str, Any]:
     if size == 1:
         seam = "local: one rank has nothing to sum"
     elif torch.cuda.is_available():
-        seam = "collective over NCCL"
+        seam = f"collective over NCCL: {cuda.objection()}"
+        if not cuda.objection():
+            seam = (
+                "multimem where a switch joins the GPUs, else peer if they map each other's memory, else NCCL"
+            )
     elif reason := segment.reason or native.reason:
         seam = f"collective over TCP: {reason}"
     elif size > segment.MAX_RANKS:

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <atomic>
-#include <barrier>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -30,22 +29,36 @@ struct alignas(16) Vec {
   u32 w[4];
 };
 
+struct Barrier {
+  explicit Barrier(int count) : count(count) {}
+  void arrive_and_wait() {
+    const int now = phase;
+    if (++here == count) {
+      here = 0;
+      ++phase;
+    }
+    while (phase == now) std::this_thread::yield();
+  }
+  const int count;
+  std::atomic<int> here{0}, phase{0};
+};
+
 struct Warp {
-  std::barrier<> all{32};
+  Barrier all{32};
   float lanes[32];
 };
 
 struct Block {
   explicit Block(int threads) : threads(threads), all(threads), warps(threads / 32), arenas(8) {}
-  std::barrier<>& group(int id, int count) {
-    std::call_once(made[id], [&] { groups[id] = std::make_unique<std::barrier<>>(count); });
+  Barrier& group(int id, int count) {
+    std::call_once(made[id], [&] { groups[id] = std::make_unique<Barrier>(count); });
     return *groups[id];
   }
   int threads;
-  std::barrier<> all;
+  Barrier all;
   std::vector<Warp> warps;
   std::once_flag made[16], shaped[8];
-  std::unique_ptr<std::barrier<>> groups[16];
+  std::unique_ptr<Barrier> groups[16];
   std::vector<std::vector<char>> arenas;
   std::atomic<int> refusals[2] = {0, 0};
 };
