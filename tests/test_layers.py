@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tokenize
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "weaveinf"
@@ -21,7 +22,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Of one level, and yet one of them stands on the other.
 ALLOWED = {("commands", "cli"), ("cli", "commands"), ("__main__", "cli"), ("server", "llm")}
 MAX_LINES = 12_000
+"""Of code, all told."""
 MAX_FILE = 500
+"""Of a file, whatever they are."""
 
 
 def sources() -> list[Path]:
@@ -61,10 +64,24 @@ def test_imports_point_down() -> None:
     assert not wrong, wrong
 
 
+def lines_of_code(file: Path) -> int:
+    """Lines with anything but comments and docstrings: to say what a thing does costs nothing."""
+    text = file.read_text()
+    said: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            said.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    written: set[int] = set()
+    with file.open("rb") as source:
+        for token in tokenize.tokenize(source.readline):
+            if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
+                written.update(range(token.start[0], token.end[0] + 1))
+    return len(written - said)
+
+
 def test_the_package_stays_small() -> None:
-    lines = {file: len(file.read_text().splitlines()) for file in sources()}
-    assert sum(lines.values()) <= MAX_LINES
-    assert not [file.name for file, count in lines.items() if count > MAX_FILE]
+    assert sum(map(lines_of_code, sources())) <= MAX_LINES
+    assert not [file.name for file in sources() if len(file.read_text().splitlines()) > MAX_FILE]
 
 
 def test_only_seams_and_ranks_talk_to_other_ranks() -> None:
