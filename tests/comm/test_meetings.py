@@ -1,7 +1,7 @@
 """The meetings of csrc/cuda/seam.cu, in every order in which ranks and blocks can take their steps.
 
-A launch of a rank is blocks that each say to every peer's block of the same number that they came (by a number
-that only grows, in a pad of the peer's memory), wait for all of these, work on rows, and do both again.
+A launch of a rank is blocks that each say to every peer's block of the same index that they came (by a number
+that only grows, in a pad of its memory), wait for all of these, work on rows, and do both again.
 The next launch begins when all blocks have ended, as on a stream; launches may have other numbers of blocks.
 """
 
