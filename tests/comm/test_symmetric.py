@@ -15,9 +15,10 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.comm import test_seams
+from tests.comm.cuda import world
+from tests.comm.cuda.world import MULTICAST, World
 from tests.comm.test_seams import HIDDEN, edits, halves, joints, passes, unguarded
 from tests.ranks import pool
 from weaveinf.comm import segment, symmetric
@@ -29,8 +30,6 @@ pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
 )
 ROOT = Path(__file__).parents[2]
-ELEMENTS = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-MULTICAST = 1 << 46
 Build = Callable[..., str]
 
 
@@ -42,14 +41,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def compiled(
         dtype: torch.dtype, hidden: int, ranks: int, multimem: bool = False, fp8: bool = False
     ) -> str:
-        defines = {
-            "ELEMENT": ELEMENTS[dtype],
-            "HIDDEN": hidden,
-            "RANKS": ranks,
-            "MULTIMEM": int(multimem),
-            "FP8": int(fp8),
-            "MAX_THREADS": 64,
-        }
+        defines = world.defines(dtype, hidden, ranks, 64, multimem, fp8)
         name = "-".join(map(str, defines.values()))
         if name not in made:
             made[name] = str(home / f"{name}.so")
@@ -155,110 +147,33 @@ def test_a_rank_that_does_not_come_is_named(build: Build) -> None:
 # ---- virtual ranks: all ranks as rows of one grid -------------------------------------------------------
 
 
-class Virtual:
-    """All ranks' memory in one process, for one launch after another."""
-
-    def __init__(self, grid: Grid, dtype: torch.dtype, hidden: int, size: int, rows: int, fp8: bool) -> None:
-        self.grid, self.dtype, self.hidden, self.size, self.rows = grid, dtype, hidden, size, rows
-        row = hidden * dtype.itemsize
-        self.at = {"partial": 0, "x": rows * row, "residual": 2 * rows * row, "scales": 3 * rows * row}
-        self.at["pads"] = -(-(self.at["scales"] + 4 * rows) // 256) * 256
-        self.buffers = torch.full((size, self.at["pads"] + 64 * 32), 0xFF, dtype=torch.uint8)
-        self.buffers[:, self.at["pads"] :] = 0
-        self.counts = torch.zeros(size, 65, dtype=torch.int32)
-        self.said = torch.zeros(1, dtype=torch.int32)
-        self.call = call = Call()
-        for r in range(size):
-            call.buffers[r] = self.buffers[r].data_ptr()
-            call.epochs[r] = self.counts[r].data_ptr()
-        call.multicast = MULTICAST
-        call.failed, call.said = self.counts[0, 64:].data_ptr(), self.said.data_ptr()
-        call.patience_ns = 60 * 10**9
-        for name, at in self.at.items():
-            setattr(call, f"{name}_at", at)
-        self.out_dtype = torch.float8_e4m3fn if fp8 else dtype
-
-    def view(self, name: str, rank: int, dtype: torch.dtype, width: int) -> Tensor:
-        nbytes = self.rows * width * dtype.itemsize
-        return self.buffers[rank][self.at[name] : self.at[name] + nbytes].view(dtype).view(self.rows, width)
-
-    def run(self, parts: list[Tensor], weight: Tensor, blocks: int, fresh: bool) -> list[Tensor]:
-        """The x of every rank."""
-        for r, part in enumerate(parts):
-            self.view("partial", r, self.dtype, self.hidden).copy_(part)
-            self.view("x", r, self.dtype, self.hidden).view(torch.uint8).fill_(0x7F)
-        call = self.call
-        call.rows, call.fresh, call.weight = self.rows, fresh, weight.data_ptr()
-        call.eps, call.offset, call.scale = 1e-5, 0.5, 0.75
-        self.grid(call, blocks, self.size)
-        assert self.said.item() == 0
-        return [self.view("x", r, self.out_dtype, self.hidden) for r in range(self.size)]
-
-
 @pytest.mark.parametrize(
-    ("dtype", "hidden", "size", "rows", "blocks", "multimem"),
+    ("sizes", "multimem"),
     [
-        (torch.float32, 4, 1, 3, 1, False),
-        (torch.float32, 516, 3, 7, 2, False),
-        (torch.bfloat16, 512, 8, 19, 1, False),
-        (torch.bfloat16, 2056, 4, 9, 3, False),
-        (torch.float16, 1040, 2, 11, 2, False),
-        (torch.float16, 1040, 2, 11, 2, True),
-        (torch.bfloat16, 264, 5, 2, 4, True),
-        (torch.bfloat16, 264, 5, 0, 4, True),
+        ((torch.float32, 4, 1, 3, 1), False),
+        ((torch.float32, 516, 3, 7, 2), False),
+        ((torch.bfloat16, 512, 8, 19, 1), False),
+        ((torch.bfloat16, 2056, 4, 9, 3), False),
+        ((torch.float16, 1040, 2, 11, 2), False),
+        ((torch.float16, 1040, 2, 11, 2), True),
+        ((torch.bfloat16, 264, 5, 2, 4), True),
+        ((torch.bfloat16, 264, 5, 0, 4), True),
     ],
 )
-def test_against_float64(
-    build: Build, dtype: torch.dtype, hidden: int, size: int, rows: int, blocks: int, multimem: bool
-) -> None:
-    torch.manual_seed(hidden)
-    world = Virtual(Grid(build(dtype, hidden, size, multimem)), dtype, hidden, size, rows, False)
-    weight = (1 + torch.randn(hidden)).to(dtype)
-    residual = torch.zeros(rows, hidden, dtype=torch.float64)
-    unit = torch.finfo(dtype).eps
-    for turn in range(3):
-        parts = [torch.randn(rows, hidden).to(dtype) for _ in range(size)]
-        xs = world.run(parts, weight, blocks, fresh=turn == 0)
-        assert all(torch.equal(x, xs[0]) for x in xs)
-        total = sum((part.double() for part in parts), torch.zeros(rows, hidden, dtype=torch.float64))
-        residual += 0.75 * total
-        want = residual / (residual.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.double() + 0.5)
-        # One rounding of the residual (two where the switch rounds the sum) and one of x, a turn each.
-        close = (xs[0].double() - want).abs() <= 3 * (turn + 1) * unit * (1 + want.abs() + weight.abs().max())
-        assert close.all()
+def test_against_float64(build: Build, sizes: world.Sizes, multimem: bool) -> None:
+    world.check_sums(World(Grid(build(*sizes[:3], multimem)), sizes, "cpu"))
 
 
 def test_eight_bits(build: Build) -> None:
-    """x as e4m3, a scale a row: the largest is 448, the others within half a unit of theirs."""
-    torch.manual_seed(0)
-    hidden, size, rows = 264, 2, 7
-    world = Virtual(
-        Grid(build(torch.bfloat16, hidden, size, fp8=True)), torch.bfloat16, hidden, size, rows, True
-    )
-    weight = (1 + torch.randn(hidden)).bfloat16()
-    parts = [torch.randn(rows, hidden).bfloat16() for _ in range(size)]
-    parts[0][3] = parts[1][3] = 0
-    xs = world.run(parts, weight, 2, fresh=True)
-    assert torch.equal(xs[0].view(torch.uint8), xs[1].view(torch.uint8))
-    scales = [world.view("scales", r, torch.float32, 1) for r in range(size)]
-    assert torch.equal(scales[0], scales[1])
-    residual = (0.75 * (parts[0].float() + parts[1].float())).bfloat16().float()
-    want = residual / (residual.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.float() + 0.5)
-    assert (xs[0].float().abs().amax(-1) == torch.where(want.abs().amax(-1) > 0, 448.0, 0.0)).all()
-    torch.testing.assert_close(
-        xs[0].float() * scales[0], want, rtol=2**-4, atol=2**-9 * scales[0].max().item()
-    )
+    sizes = torch.bfloat16, 264, 2, 7, 2
+    world.check_eight_bits(World(Grid(build(*sizes[:3], fp8=True)), sizes, "cpu", fp8=True))
 
 
 def test_many_launches_one_after_another(build: Build) -> None:
-    """Blocks at random times, rows that vary: every launch has its own numbers at its meetings."""
-    torch.manual_seed(1)
-    grid = Grid(build(torch.bfloat16, 264, 2))
-    world = Virtual(grid, torch.bfloat16, 264, 2, 6, False)
-    weight = torch.ones(264).bfloat16()
-    for turn in range(60):
-        blocks = (1, 3, 2)[turn % 3]
-        parts = [torch.randn(6, 264).bfloat16() for _ in range(2)]
-        first, second = world.run(parts, weight, blocks, fresh=turn % 5 == 0)
-        assert torch.equal(first, second) and first.isfinite().all()
-    assert world.counts[0, :3].tolist() == world.counts[1, :3].tolist() == [120, 80, 40]
+    sizes = torch.bfloat16, 264, 2, 6, 1
+    world.check_launches(World(Grid(build(*sizes[:3])), sizes, "cpu"), 60)
+
+
+def test_a_missing_rank_is_named_and_nobody_goes_on(build: Build) -> None:
+    sizes = torch.bfloat16, 264, 5, 6, 1
+    world.check_a_rank_is_missing(World(Grid(build(*sizes[:3])), sizes, "cpu"))

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# All that only a GPU can tell, in under 9 minutes: build, tests/gpu, compute-sanitizer on the small cases, the
+# GPU benchmarks. Results go to $OUT, or to bench/results. Needs torch with CUDA, triton, cupy and pytest in
+# $PYTHON (python3); installs nothing. Goes on past what fails, and exits with 1 if anything did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-bench/results}
+name=$(date +%F)-gpu
+failed=()
+mkdir -p "$out"
+
+step() {  # name, seconds at most, command
+    local title=$1 limit=$2
+    shift 2
+    echo "== $title"
+    local began=$SECONDS
+    timeout "$limit" "$@" 2>&1 | tee "$out/$name-$title.txt" | tail -n 40
+    local code=${PIPESTATUS[0]}
+    echo "== $title: exit $code after $((SECONDS - began)) s"
+    if [ "$code" -ne 0 ]; then failed+=("$title"); fi
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+step build 120 "$python" setup.py -q build_ext --inplace
+step doctor 60 "$python" -m weaveinf doctor
+step tests 240 "$python" -m pytest tests/gpu -q -x --maxfail=20 --durations=10 -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then
+    small='float64 and (512 or 77) or eight or missing'
+    step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$python" -m pytest tests/gpu/test_seam.py -q -k "$small" -p no:cacheprovider
+    step racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
+        "$python" -m pytest tests/gpu/test_seam.py -q -k "float64 and 77" -p no:cacheprovider
+fi
+step seam 120 "$python" bench/seam.py --json "$out/$name-seam.json"
+step latency 120 "$python" -m weaveinf bench latency weaveinf/assets/demo --batch 8 --json "$out/$name-latency.json"
+
+echo "== ${#failed[@]} failed: ${failed[*]:-none}; ${SECONDS} s in all"
+[ ${#failed[@]} -eq 0 ]
