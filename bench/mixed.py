@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Woven beside plain throughput over limited links.")
     parser.add_argument("--rates", nargs="+", default=["1gbit", "250mbit"])
     parser.add_argument("--shapes", type=shape, nargs="+", default=[(512, 128), (1024, 128), (2048, 128)])
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--model", type=Path, default=DIRECTORY, help="made when it is missing")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
