@@ -29,6 +29,14 @@ DEVICE Vec load(const void* p) {
                : "memory");
   return v;
 }
+// What nobody writes while the kernel runs.
+DEVICE Vec load_constant(const void* p) {
+  Vec v;
+  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+      : "l"(p));
+  return v;
+}
 DEVICE void store(void* p, const Vec& v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),
                "r"(v.w[3])
@@ -54,6 +62,9 @@ DEVICE u32 load_relaxed(const u32* p) {
 DEVICE void store_relaxed(u32* p, u32 v) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+
+// Between accesses to the same bytes by a rank's own address and by the switch's.
+DEVICE void fence_aliases() { asm volatile("fence.proxy.alias;" ::: "memory"); }
 
 // ---- elements -----------------------------------------------------------------------------------------
 

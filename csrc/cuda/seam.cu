@@ -1,6 +1,6 @@
 // The seam as one kernel on few SMs: reduce-scatter, residual add, RMSNorm and all-gather (TokenWeave,
-// arXiv 2505.11329, section 4.2, whose kernel keeps one row in flight; this one keeps ROWS, and fetches the
-// next ones while these are summed up).
+// arXiv 2505.11329, section 4.2, whose kernel keeps one row in flight; this one keeps ROWS, and where the
+// registers allow it fetches the next ones while these are normalised).
 //
 // Every rank has a buffer that all ranks map, and owns a contiguous share of the rows. Between two meetings
 // of all ranks, a rank reads the others' partial sums of its rows, adds them and the residual, which stays
@@ -29,7 +29,7 @@ template <int rows>
 constexpr bool fits = rows * V * (PARTS + 2) + V + FP8 <= 7;
 constexpr int ROWS = fits<2> ? 2 : 1;
 constexpr bool AHEAD = fits<1>;
-constexpr bool HELD = V <= 2;  // the weight, in registers; else the first-level cache has it
+constexpr bool HELD = V <= 2;  // the weight, in registers; else it comes from the caches again
 constexpr int OUT_BYTES = FP8 ? 1 : E::BYTES;
 static_assert(HIDDEN * E::BYTES % 16 == 0, "rows of 16-byte vectors");
 static_assert(!FP8 || E::BYTES == 2, "eight values of e4m3 at a time");
@@ -42,7 +42,7 @@ struct Call {
   const long long* kept;  // indices of the rows that go on; null: all
   u32* epochs[8];       // of each rank that runs here, [blocks] meetings that it has had, at zero first
   u32* failed;          // here: 1 + the rank that did not come; 0
-  u32* said;            // the same where the host reads it
+  u32* said;            // the same where the host reads it; behind it, the host's word to wait no more
   u64 patience_ns;
   long long partial_at, x_at, scales_at, pads_at, residual_at, old_residual_at;
   int rank;             // of the grid's first row
@@ -69,6 +69,7 @@ DEVICE int owner_of(int rows, int row) {
 // All ranks' blocks of this number come here, or it says who did not. What a rank's threads wrote before is
 // seen by all behind it.
 DEVICE bool meet(const Call& c, int rank, u32 epoch) {
+  if (MULTIMEM) fence_aliases();
   sync_block();
   bool ok = true;
   const int peer = thread();
@@ -77,8 +78,8 @@ DEVICE bool meet(const Call& c, int rank, u32 epoch) {
     const u32* mine = reinterpret_cast<const u32*>(c.buffers[rank] + c.pads_at) + block() * 8 + peer;
     store_release(theirs, epoch);
     const u64 began = now_ns();
-    while (int(load_acquire(mine) - epoch) < 0) {
-      if (now_ns() - began > c.patience_ns) {
+    for (int spins = 1; int(load_acquire(mine) - epoch) < 0; ++spins) {
+      if (now_ns() - began > c.patience_ns || (spins % 1024 == 0 && load_acquire(c.said + 1))) {
         store_relaxed(c.failed, 1 + peer);
         store_relaxed(c.said, 1 + peer);
         ok = false;
@@ -87,7 +88,9 @@ DEVICE bool meet(const Call& c, int rank, u32 epoch) {
       relax();
     }
   }
-  return all_of_block(ok);
+  ok = all_of_block(ok);
+  if (MULTIMEM) fence_aliases();
+  return ok;
 }
 
 DEVICE float plus(float a, float b) { return a + b; }
@@ -235,7 +238,7 @@ KERNEL(THREADS) seam(const Call c) {
 
   Vec weight[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) weight[v] = HELD && g.has(0, v) ? load(c.weight + g.at(0, v)) : Vec{};
+  for (int v = 0; v < V; ++v) weight[v] = HELD && g.has(0, v) ? load_constant(c.weight + g.at(0, v)) : Vec{};
   char* const residual = c.buffers[rank] + c.residual_at;
   Fetched next[ROWS][V] = {};
   const auto fetch = [&](int batch) {
@@ -270,7 +273,7 @@ KERNEL(THREADS) seam(const Call c) {
 
     // y[] of a vector: normalised, not yet rounded.
     const auto normalise = [&](int i, int v, float factor, float (&y)[PER]) {
-      const Vec scale = HELD || !g.has(0, v) ? weight[v] : load(c.weight + g.at(0, v));
+      const Vec scale = HELD || !g.has(0, v) ? weight[v] : load_constant(c.weight + g.at(0, v));
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         float by[WORD];

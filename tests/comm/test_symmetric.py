@@ -8,6 +8,7 @@ import ctypes
 import platform
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,9 @@ def alone(ranks: Ranks) -> str:
         with pytest.raises(TimeoutError):
             seam.start(next(joints(torch.bfloat16)))
         said = str(error.value)
+        with pytest.raises(TimeoutError):
+            ranks.check()
+    ranks.words.zero_()
     seam.close()
     return said
 
@@ -142,6 +146,28 @@ def alone(ranks: Ranks) -> str:
 def test_a_rank_that_does_not_come_is_named(build: Build) -> None:
     said = pool(2).run(on_threads, build(torch.bfloat16, HIDDEN, 2), False, alone)
     assert said == ["rank 1 did not come to a seam in time", ""]
+
+
+def given_up(ranks: Ranks) -> float:
+    """Rank 0 waits in vain, with all patience, until it is told not to."""
+    seam = test_seams.build("peer", ranks, torch.bfloat16)
+    seam.open(4)
+    took = 0.0
+    if ranks.rank == 0:
+        threading.Timer(0.2, ranks.give_up).start()
+        began = time.monotonic()
+        seam.start(next(joints(torch.bfloat16)))
+        with pytest.raises(TimeoutError):
+            seam.finish()
+        took = time.monotonic() - began
+    ranks.words.zero_()
+    seam.close()
+    return took
+
+
+def test_a_verdict_ends_a_wait(build: Build) -> None:
+    took = pool(2).run(on_threads, build(torch.bfloat16, HIDDEN, 2), False, given_up)[0]
+    assert 0.1 < took < 10
 
 
 # ---- virtual ranks: all ranks as rows of one grid -------------------------------------------------------

@@ -180,6 +180,8 @@ class _Driver:
     def _hear(self, news: Exception | None) -> None:
         if news is not None:
             self.failure = news
+            if self._ranks is not None:
+                self._ranks.give_up()
         self._news.put(news)
 
     def start(self) -> None:
@@ -257,6 +259,8 @@ class _Driver:
         orderly = worker is not None and not self._broken and self.failure is None
         if watch is not None:
             watch.leave(at_once=not orderly)
+        if self._ranks is not None and not orderly:
+            self._ranks.give_up()
         if worker is not None and orderly:
             try:
                 if watch is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from weaveinf.comm import segment
 from weaveinf.comm.channel import Channel, GlooChannel, SharedChannel
@@ -25,6 +26,8 @@ from weaveinf.comm.segment import LINE, MAX_RANKS, PAGE, SILENCE_S, Segment
 from weaveinf.comm.votes import GlooVotes, SharedVotes, Votes
 from weaveinf.comm.waits import Backend
 from weaveinf.comm.wire import Connection, announce, connect
+
+_c10d: Any = _distributed_c10d
 
 _IDLE = timedelta(days=365)
 """The control group's time limit: an idle engine sends nothing. Who waits on it looks after the peers
@@ -36,7 +39,8 @@ class Ranks:
 
     rank, size, device; `hosts`: the ranks of each host, ascending; `votes`: sums over ranks; `control`: the
     channel from rank 0 to all others; `seams`: the process group of GPUs' collective seams, issued by
-    `progress` alone; `silence_s`: how long a wait bears with a living but silent peer.
+    `progress` alone; `silence_s`: how long a wait bears with a living but silent peer; `words`: two int32
+    that kernels see: 1 + the rank whom one of them missed, and whether they shall wait no more.
     """
 
     def __init__(
@@ -55,13 +59,15 @@ class Ranks:
         self.progress = Progress(device, silence_s)
         self.seams: Backend = None
         self.segment: Segment | None = None
+        self.words = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         # Of a single rank, or until `join` has found better.
         self.votes: Votes = GlooVotes(None, 1)
         self.control: Channel = GlooChannel(None, 0, 1, silence_s)
         self._store = store
         self._listen = {"interface": "lo"}
         self._agreements: Counter[str] = Counter()
-        self._groups: list[Backend] = []
+        self._groups: list[Any] = []
+        self._symmetric = ""
         self._gloo: Any = None
 
     @classmethod
@@ -144,14 +150,23 @@ class Ranks:
         return group
 
     def symmetric_group(self) -> str:
-        """The name by which torch's symmetric memory knows these ranks, from now on."""
-        from torch.distributed._symmetric_memory import _SymmetricMemory
+        """The name by which torch's symmetric memory finds these ranks; every rank calls it."""
+        if not self._symmetric:
+            assert self._store is not None
+            self._symmetric = self.agree(f"weaveinf-{secrets.token_hex(8)}")[0]
+            store = dist.PrefixStore(self._symmetric, self._store)
+            self._groups.append(group := dist.ProcessGroup(store, self.rank, self.size))
+            _c10d._register_process_group(self._symmetric, group)
+        return self._symmetric
 
-        assert self._store is not None
-        name = self.agree(f"weaveinf-{secrets.token_hex(8)}")[0]
-        store = dist.PrefixStore("symmetric", self._store)
-        _SymmetricMemory.set_group_info(name, self.rank, self.size, store)
-        return name
+    def check(self) -> None:
+        """TimeoutError when a kernel missed a rank, which no wait of the host's shows."""
+        if missed := int(self.words[0]):
+            raise TimeoutError(f"rank {missed - 1} did not come to a seam in time")
+
+    def give_up(self) -> None:
+        """No kernel waits for a peer any more."""
+        self.words[1] = 1
 
     def wire(self) -> dict[int, Connection]:
         """A new connection to each peer, which `progress` moves; every rank calls it.
@@ -205,6 +220,9 @@ class Ranks:
         self.votes.close()
         if self.segment is not None:
             self.segment.close()
+        if self._symmetric:
+            _c10d._unregister_process_group(self._symmetric)
+            self._symmetric = ""
         self._groups.clear()
         self._gloo = None
         self.seams = None

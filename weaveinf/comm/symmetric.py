@@ -21,6 +21,11 @@ MAX_BLOCKS = 64
 BLOCKS = 8
 """SMs that a seam takes. At 8 the published kernel reaches 90 % of what it reaches at all."""
 
+_PATIENCE_S = 120.0
+"""How long a kernel waits at most: blocks take milliseconds, a rank's first steps compile kernels."""
+
+_attempts = 0
+
 
 class Call(ctypes.Structure):
     """struct Call of seam.cu."""
@@ -48,14 +53,25 @@ class Memory(NamedTuple):
 
 
 def allocate(ranks: Ranks, nbytes: int) -> Memory:
-    """Symmetric memory of torch; every rank calls it. RuntimeError where the GPUs do not map each other's."""
+    """Symmetric memory of torch; every rank calls it. RuntimeError on all where it is not to be had."""
+    global _attempts
     from torch.distributed._symmetric_memory import _SymmetricMemory
 
-    group = ranks.symmetric_group()
-    own = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, ranks.device, group)
-    own.zero_()
-    torch.cuda.synchronize(ranks.device)
-    handle = _SymmetricMemory.rendezvous(own, group)
+    # torch counts the meetings of a process, whoever meets: where one had an engine before and others had
+    # not, they would wait for one another until the store's deadline.
+    if len(set(ranks.agree(str(_attempts)))) > 1:
+        raise RuntimeError("a process among the ranks had other GPU engines before")
+    own, said = torch.empty(0), ""
+    try:
+        own = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, ranks.device)
+        own.zero_()
+        torch.cuda.synchronize(ranks.device)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+    if problems := [words for words in ranks.agree(said) if words]:
+        raise RuntimeError(problems[0])
+    _attempts += 1
+    handle = _SymmetricMemory.rendezvous(own, ranks.symmetric_group())
     buffers = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(ranks.size)]
     buffers[ranks.rank] = own
     return Memory(buffers, handle.multicast_ptr)
@@ -91,8 +107,6 @@ class SymmetricSeam:
         self.name = "multimem" if memory.multicast else "peer"
         self.why = "the switch sums" if memory.multicast else "the ranks map each other's memory"
         self._kernel = cuda.seam(dtype, hidden, ranks.size, memory.multicast != 0)
-        on_gpu = ranks.device.type == "cuda"
-        self._said = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
         # Of this rank alone: the meetings of every block, and who did not come.
         self._counts = torch.zeros(MAX_BLOCKS + 1, dtype=torch.int32, device=ranks.device)
         self._call = self._constants()
@@ -107,9 +121,9 @@ class SymmetricSeam:
             call.buffers[r] = buffer.data_ptr()
         call.epochs[rank] = self._counts.data_ptr()
         call.failed = self._counts[MAX_BLOCKS:].data_ptr()
-        call.said = self._said.data_ptr()
+        call.said = self._ranks.words.data_ptr()
         call.multicast = here.multicast
-        call.patience_ns = int(1e9 * self._ranks.silence_s)
+        call.patience_ns = int(1e9 * min(self._ranks.silence_s, _PATIENCE_S))
         call.partial_at, call.x_at, call.pads_at = (self._at[name] for name in ("partial", "x", "pads"))
         call.rank = rank
         return call
@@ -123,7 +137,7 @@ class SymmetricSeam:
         """See `Seam.open`."""
         if rows > self._max_rows:
             raise ValueError(f"{rows} rows in a seam made for {self._max_rows}")
-        self._rows, self._fresh = rows, True
+        self._rows, self._fresh, self._job = rows, True, None
 
     def partial(self) -> Tensor:
         """See `Seam.partial`."""
@@ -143,7 +157,7 @@ class SymmetricSeam:
 
     def _submit(self, joint: Joint | None, kept: Tensor | None, before: int) -> None:
         """Without a joint only a meeting of all ranks."""
-        self._check()
+        self._ranks.check()
         call = Call.from_buffer_copy(self._call)
         call.residual_at, call.old_residual_at = self._at["residual"], self._at["old_residual"]
         call.old_rows, call.fresh = before, self._fresh
@@ -161,16 +175,12 @@ class SymmetricSeam:
         self._held = joint, kept
         self._job = self._ranks.progress.submit(run)
 
-    def _check(self) -> None:
-        if missing := int(self._said[0]):
-            raise TimeoutError(f"rank {missing - 1} did not come to a seam in time")
-
     def finish(self) -> Tensor:
         """See `Seam.finish`."""
         if self._job is not None:
             self._job.wait()
             self.ran = self._job.ran
-            self._check()
+            self._ranks.check()
         return self._view("x", self._rows)
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Worker:
         self.path = resolve(config.model, config.revision)
         self.model_config = ModelConfig.from_path(self.path, config.max_model_len)
         self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.model_config.dtype
-        if ranks.device.type == "cuda":
+        self._on_gpu = ranks.device.type == "cuda"
+        if self._on_gpu:
             torch.cuda.set_device(ranks.device)
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -150,8 +151,11 @@ class Worker:
             self._num_blocks[admission.slot] = 0
         if self.weaver.recorder is not None:
             self.weaver.recorder.begin(step.number)
-        x = self.weaver.run(self._batch(step), step.cut)
-        output = self.sampler.run(self.model.head, x, step)
+        with torch.cuda.device(self.ranks.device) if self._on_gpu else nullcontext():
+            x = self.weaver.run(self._batch(step), step.cut)
+            output = self.sampler.run(self.model.head, x, step)
+        if self._on_gpu:
+            self.ranks.check()  # now all kernels of the step are over
         self.steps_done += 1
         phase = "decode" if step.decodes else "prefill"
         how = "woven" if step.cut else "fused" if self.seam.fused else "plain"

@@ -34,8 +34,10 @@ class Kernel:
     def __init__(self, name: str, threads: int, **defines: Any) -> None:
         import cupy
 
-        options = ("-std=c++17", f"-I{SOURCES}", *(f"-D{key}={value}" for key, value in defines.items()))
-        module = cupy.RawModule(code=(SOURCES / f"{name}.cu").read_text(), options=options)
+        # One text, because cupy's cache on disk knows nothing of headers.
+        header, code = ((SOURCES / file).read_text() for file in ("ptx.cuh", f"{name}.cu"))
+        options = ("-std=c++17", *(f"-D{key}={value}" for key, value in defines.items()))
+        module = cupy.RawModule(code=code.replace("#include <ptx.cuh>", header), options=options)
         self._kernel = module.get_function(name)
         self._address = self._kernel.kernel.ptr
         self._threads = threads

@@ -96,6 +96,7 @@ DEVICE Vec load(const void* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
+DEVICE Vec load_constant(const void* p) { return load(p); }
 DEVICE void store(void* p, const Vec& v) { std::memcpy(p, &v, 16); }
 DEVICE void store_half(void* p, u32 a, u32 b) {
   const u32 both[2] = {a, b};
@@ -108,6 +109,8 @@ DEVICE u32 load_acquire(const u32* p) { return at(p, std::memory_order_acquire);
 DEVICE u32 load_relaxed(const u32* p) { return at(p, std::memory_order_relaxed); }
 DEVICE void store_release(u32* p, u32 v) { std::atomic_ref<u32>(*p).store(v, std::memory_order_release); }
 DEVICE void store_relaxed(u32* p, u32 v) { std::atomic_ref<u32>(*p).store(v, std::memory_order_relaxed); }
+
+DEVICE void fence_aliases() {}
 
 template <class F>
 void everywhere(const void* p, F&& f) {
