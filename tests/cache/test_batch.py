@@ -45,6 +45,7 @@ def test_take_keeps_each_row_in_its_sequence(case: tuple[list[int], list[int], l
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     assert part.cu_seqlens_q.tolist() == [0, *[sum(row < end for row in rows) for end in ends]]
     assert [rows[i] for i in part.logit_rows] == [row for row in rows if row in wanted]
+    assert whole.take(whole.logit_rows).logit_rows.tolist() == list(range(len(wanted)))
 
 
 def test_pools_are_addressed_by_one_page_table() -> None:

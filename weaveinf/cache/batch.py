@@ -50,6 +50,8 @@ class Batch:
         if rows.shape[0] == self.num_tokens:
             return self
         at = torch.searchsorted(rows, self.cu_seqlens_q.long()).int()
+        if rows is self.logit_rows:  # how many they are need not be read back from a device
+            return self._rows(rows, at, self.seq_lens, torch.arange(rows.shape[0], device=rows.device))
         wanted = torch.searchsorted(rows, self.logit_rows)
         kept = wanted.clamp(max=max(rows.shape[0] - 1, 0))
         present = rows[kept] == self.logit_rows if rows.shape[0] else wanted < 0
