@@ -68,18 +68,22 @@ DEVICE void fence_aliases() { asm volatile("fence.proxy.alias;" ::: "memory"); }
 
 // ---- elements -----------------------------------------------------------------------------------------
 
+// A vector's sum over all ranks, through the switch.
+#define REDUCE(elements)                                                                                \
+  DEVICE static Vec reduce(const void* p) {                                                             \
+    Vec v;                                                                                              \
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add." elements " {%0, %1, %2, %3}, [%4];"       \
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])                               \
+                 : "l"(p)                                                                               \
+                 : "memory");                                                                           \
+    return v;                                                                                           \
+  }
+
 struct Float32 {
   static constexpr int BYTES = 4;
   DEVICE static void unpack(u32 w, float* f) { f[0] = __uint_as_float(w); }
   DEVICE static u32 pack(const float* f) { return __float_as_uint(f[0]); }
-  DEVICE static Vec reduce(const void* p) {
-    Vec v;
-    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-                 : "l"(p)
-                 : "memory");
-    return v;
-  }
+  REDUCE("v4.f32")
 };
 
 struct BFloat16 {
@@ -92,14 +96,7 @@ struct BFloat16 {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(f[1]), "f"(f[0]));
     return w;
   }
-  DEVICE static Vec reduce(const void* p) {
-    Vec v;
-    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-                 : "l"(p)
-                 : "memory");
-    return v;
-  }
+  REDUCE("acc::f32.v4.bf16x2")
 };
 
 struct Float16 {
@@ -114,14 +111,7 @@ struct Float16 {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(f[1]), "f"(f[0]));
     return w;
   }
-  DEVICE static Vec reduce(const void* p) {
-    Vec v;
-    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.f16x2 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-                 : "l"(p)
-                 : "memory");
-    return v;
-  }
+  REDUCE("acc::f32.v4.f16x2")
 };
 
 // Four values as e4m3, saturated at 448.

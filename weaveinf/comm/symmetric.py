@@ -1,7 +1,7 @@
 """The seam of GPUs that map each other's memory: one kernel on few SMs (csrc/cuda/seam.cu).
 
-"multimem" where a switch sums and spreads (NVLink SHARP), "peer" where it does not. Written for CUDA, so far
-run on threads of a CPU only (tests/comm/test_symmetric.py), and never compiled by more than a compiler.
+"multimem" where a switch sums and spreads (NVLink SHARP), "peer" where it does not. So far the kernel was
+compiled for GPUs, but run on threads of a CPU only (tests/comm/test_symmetric.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _PATIENCE_S = 120.0
 """How long a kernel waits at most: blocks take milliseconds, a rank's first steps compile kernels."""
 
 _attempts = 0
+"""At a rendezvous of torch's, in this process."""
 
 
 class Call(ctypes.Structure):
@@ -74,7 +75,8 @@ def allocate(ranks: Ranks, nbytes: int) -> Memory:
     handle = _SymmetricMemory.rendezvous(own, ranks.symmetric_group())
     buffers = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(ranks.size)]
     buffers[ranks.rank] = own
-    return Memory(buffers, handle.multicast_ptr)
+    all_have_it = all(ranks.agree("multicast" if handle.multicast_ptr else ""))
+    return Memory(buffers, handle.multicast_ptr if all_have_it else 0)
 
 
 class SymmetricSeam:

@@ -20,6 +20,24 @@ _MAX_SPLITS = 32
 
 
 @triton.jit
+def owner(starts, count, tile, ROWS: tl.constexpr):
+    """Whose rows a tile of ROWS rows is of, where i has those from starts[i] to starts[i + 1].
+
+    i owns tiles from starts[i] // ROWS + i on, which are as many as it can need: the last i whose first tile
+    is not beyond this one.
+    """
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // ROWS + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
 def _attend(
     q,
     key_pool,
@@ -56,16 +74,7 @@ def _attend(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
 
-    # Sequence s owns tiles from cu[s] // ROWS + s on: the last s whose first tile is not beyond this one.
-    low = 0
-    high = num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens_q + middle) // ROWS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    seq = low
+    seq = owner(cu_seqlens_q, num_seqs, tile, ROWS)
     begin = tl.load(cu_seqlens_q + seq)
     end = tl.load(cu_seqlens_q + seq + 1)
     first_row = begin + (tile - (begin // ROWS + seq)) * ROWS

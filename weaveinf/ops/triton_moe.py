@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weaveinf.ops.triton_attention import owner
 from weaveinf.ops.triton_elementwise import silu_mul
 
 
@@ -38,18 +39,10 @@ def _experts(
     W [n, k]. Grid: (row tiles, column tiles).
     """
     tile = tl.program_id(0)
-    # Expert e owns tiles from starts[e] // BLOCK_M + e on: the last one that begins at this tile or before.
-    low = 0
-    high = num_experts
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(starts + middle) // BLOCK_M + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    begin = tl.load(starts + low)
-    end = tl.load(starts + low + 1)
-    first = begin + (tile - (begin // BLOCK_M + low)) * BLOCK_M
+    expert = owner(starts, num_experts, tile, BLOCK_M)
+    begin = tl.load(starts + expert)
+    end = tl.load(starts + expert + 1)
+    first = begin + (tile - (begin // BLOCK_M + expert)) * BLOCK_M
     if first < end:
         pair = first + tl.arange(0, BLOCK_M)
         pair_ok = pair < end
@@ -62,7 +55,7 @@ def _experts(
             target = chosen
         column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         column_ok = column < n
-        w = tl.load(weights + low).to(tl.pointer_type(x.dtype.element_ty))
+        w = tl.load(weights + expert).to(tl.pointer_type(x.dtype.element_ty))
         w = tl.multiple_of(w, 16)
         w_n = w + column.to(tl.int64) * k
         x_m = x + row * x_stride
