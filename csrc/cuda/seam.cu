@@ -29,6 +29,7 @@ template <int rows>
 constexpr bool fits = rows * V * (PARTS + 2) + V + FP8 <= 7;
 constexpr int ROWS = fits<2> ? 2 : 1;
 constexpr bool AHEAD = fits<1>;
+constexpr int AT_ONCE = V > 2 ? 2 : 4;  // parts of a vector
 constexpr bool HELD = V <= 2;  // the weight, in registers; else it comes from the caches again
 constexpr int OUT_BYTES = FP8 ? 1 : E::BYTES;
 static_assert(HIDDEN * E::BYTES % 16 == 0, "rows of 16-byte vectors");
@@ -151,7 +152,7 @@ struct Group {
     return f;
   }
 
-  // The new residual, rounded: of what was fetched, or of what is fetched now, four parts at a time.
+  // The new residual, rounded: of what was fetched, or of what is fetched now.
   DEVICE Vec add(const Fetched& f) const {
     float total[PER] = {};
 #pragma unroll
@@ -161,7 +162,7 @@ struct Group {
   DEVICE Vec add(int row, int v) const {
     float total[PER] = {};
     if (!has(row, v)) return Vec{};
-#pragma unroll 4
+#pragma unroll AT_ONCE
     for (int p = 0; p < PARTS; ++p) accumulate(total, part(p, row, v));
     return round_sum(total, residual(row, v));
   }
