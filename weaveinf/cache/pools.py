@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from weaveinf.ops import large
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ class Pools:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return large.memory(prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    # calloc: the system gives memory to a page of the cache when it is first written.
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def bytes_per_page(specs: Sequence[PoolSpec], page_size: int) -> int:

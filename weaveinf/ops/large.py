@@ -21,13 +21,12 @@ def room(nbytes: int) -> tuple[mmap.mmap, int]:
 
 
 def memory(nbytes: int) -> Tensor:
-    """Zeros [nbytes], in large pages but for an end that would waste more than an eighth of them all. The
-    system gives each page when it is first written."""
+    """Bytes [nbytes], in large pages but for an end that would waste more than an eighth of them all."""
     in_large = -(-nbytes // PAGE) * PAGE
     if in_large - nbytes > nbytes // 8:
         in_large = nbytes // PAGE * PAGE
     if not in_large:
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8)
     where, start = room(max(nbytes, in_large))
     with suppress(OSError, AttributeError):  # the system need not have any
         where.madvise(mmap.MADV_HUGEPAGE, start, in_large)
