@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.comm.cuda import world
 from tests.comm.cuda.world import World
+from weaveinf.comm.symmetric import kernel
 from weaveinf.ops import cuda
 from weaveinf.ops.norm import add_rms_norm
 
@@ -51,11 +51,6 @@ def microseconds(calls: list[Any]) -> float:
         torch.cuda.synchronize()
         times.append(began.elapsed_time(ended) * 1e3 / len(calls))
     return median(times)
-
-
-def kernel(ranks: int) -> cuda.Kernel:
-    sizes = world.defines(DTYPE, HIDDEN, ranks, 1024, multimem=False, fp8=False)
-    return cuda.Kernel("seam", cuda.seam_threads(HIDDEN, DTYPE), **sizes)
 
 
 def seam_us(launch: cuda.Kernel, ranks: int, rows: int, blocks: int) -> float:
@@ -114,7 +109,7 @@ def main() -> None:
     found["rows"] = []
     print(f"{properties.name}, {whole} SMs, torch {torch.__version__}, a copy moves {copied:.2f} TB/s")
     for ranks in (1, 8):
-        launch, counts = kernel(ranks), (*BLOCKS, whole) if ranks == 1 else BLOCKS[:4]
+        launch, counts = kernel(DTYPE, HIDDEN, ranks), (*BLOCKS, whole) if ranks == 1 else BLOCKS[:4]
         for rows in ROWS:
             # A partial sum of every rank, the residual there and back, x to every rank.
             moved = (2 * ranks + 2) * rows * HIDDEN * DTYPE.itemsize

@@ -25,7 +25,6 @@ from tests.ranks import pool
 from weaveinf.comm import segment, symmetric
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.symmetric import Call, Memory, SymmetricSeam
-from weaveinf.ops import cuda
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
@@ -42,7 +41,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def compiled(
         dtype: torch.dtype, hidden: int, ranks: int, multimem: bool = False, fp8: bool = False
     ) -> str:
-        defines = world.defines(dtype, hidden, ranks, 64, multimem, fp8)
+        defines = symmetric.defines(dtype, hidden, ranks, multimem, fp8, max_threads=64)
         name = "-".join(map(str, defines.values()))
         if name not in made:
             made[name] = str(home / f"{name}.so")
@@ -89,7 +88,7 @@ def on_threads(
         mock.patch.object(symmetric, "allocate", allocate),
         mock.patch.object(symmetric, "BLOCKS", 2),
         mock.patch.object(test_seams, "MAX_ROWS", 350),
-        mock.patch.object(cuda, "seam", lambda *sizes: Grid(path)),
+        mock.patch.object(symmetric, "kernel", lambda *sizes: Grid(path)),
         mock.patch.object(test_seams, "build", build),
     ):
         return function(ranks, *args)

@@ -1,7 +1,8 @@
 """The seam kernel on a real GPU: all ranks as rows of one grid, and as processes that share the GPU.
 
-Until these have passed on a machine with a GPU, the kernel counts as compiled (tests/ops/test_cuda.py) and as
-run on threads of a CPU (tests/comm/test_symmetric.py). The switch's instructions need several GPUs with one.
+Until these have passed on a machine with a GPU, the kernel counts as compiled
+(tests/comm/test_seam_compiles.py) and as run on threads of a CPU (tests/comm/test_symmetric.py). The switch's
+instructions need several GPUs with one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.comm.cuda import world
 from tests.comm.cuda.world import World
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint
-from weaveinf.comm.symmetric import SymmetricSeam
+from weaveinf.comm.symmetric import SymmetricSeam, kernel
 from weaveinf.ops import cuda
 from weaveinf.ops.norm import add_rms_norm_reference
 
@@ -42,13 +43,7 @@ CASES = [
 
 
 def made(sizes: world.Sizes, fp8: bool = False) -> World:
-    dtype, hidden, ranks, _, _ = sizes
-    kernel = cuda.Kernel(
-        "seam",
-        cuda.seam_threads(hidden, dtype),
-        **world.defines(dtype, hidden, ranks, 1024, multimem=False, fp8=fp8),
-    )
-    return World(kernel, sizes, "cuda", fp8)
+    return World(kernel(*sizes[:3], fp8=fp8), sizes, "cuda", fp8)
 
 
 @pytest.mark.parametrize("sizes", CASES, ids=str)

@@ -7,6 +7,7 @@ compiled for GPUs, but run on threads of a CPU only (tests/comm/test_symmetric.p
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,39 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("rank", "rows", "old_rows", "fresh")),
         *((name, ctypes.c_float) for name in ("eps", "offset", "scale")),
     ]
+
+
+_ELEMENTS = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+_MAX_THREADS = 1024
+
+
+def defines(
+    dtype: torch.dtype,
+    hidden: int,
+    ranks: int,
+    multimem: bool = False,
+    fp8: bool = False,
+    max_threads: int = _MAX_THREADS,
+) -> dict[str, Any]:
+    """What seam.cu is compiled with."""
+    sizes = {"HIDDEN": hidden, "RANKS": ranks, "MAX_THREADS": max_threads}
+    return {"ELEMENT": _ELEMENTS[dtype], **sizes, "MULTIMEM": int(multimem), "FP8": int(fp8)}
+
+
+def threads(hidden: int, dtype: torch.dtype) -> int:
+    """THREADS of seam.cu."""
+    vectors = hidden * dtype.itemsize // 16
+    each = -(-vectors // _MAX_THREADS)
+    lanes = -(-vectors // (32 * each)) * 32
+    return lanes * max(1, min(_MAX_THREADS // lanes, 8))
+
+
+@cache
+def kernel(
+    dtype: torch.dtype, hidden: int, ranks: int, multimem: bool = False, fp8: bool = False
+) -> cuda.Kernel:
+    """seam.cu for these sizes."""
+    return cuda.Kernel("seam", threads(hidden, dtype), **defines(dtype, hidden, ranks, multimem, fp8))
 
 
 class Memory(NamedTuple):
@@ -108,7 +142,7 @@ class SymmetricSeam:
         self._memory = memory = allocate(ranks, size)
         self.name = "multimem" if memory.multicast else "peer"
         self.why = "the switch sums" if memory.multicast else "the ranks map each other's memory"
-        self._kernel = cuda.seam(dtype, hidden, ranks.size, memory.multicast != 0)
+        self._kernel = kernel(dtype, hidden, ranks.size, memory.multicast != 0)
         # Of this rank alone: the meetings of every block, and who did not come.
         self._counts = torch.zeros(MAX_BLOCKS + 1, dtype=torch.int32, device=ranks.device)
         self._call = self._constants()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +49,3 @@ class Kernel:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         grid, block = (blocks, rows, 1), (self._threads, 1, 1)
         driver.launchKernel(self._address, *grid, *block, 0, stream, ctypes.addressof(arguments), 0)
-
-
-@cache
-def seam(dtype: torch.dtype, hidden: int, ranks: int, multimem: bool) -> Kernel:
-    """csrc/cuda/seam.cu for these sizes."""
-    elements = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-    threads = seam_threads(hidden, dtype)
-    sizes = {"HIDDEN": hidden, "RANKS": ranks, "MULTIMEM": int(multimem), "FP8": 0, "MAX_THREADS": 1024}
-    return Kernel("seam", threads, ELEMENT=elements[dtype], **sizes)
-
-
-def seam_threads(hidden: int, dtype: torch.dtype, most: int = 1024) -> int:
-    """THREADS of seam.cu."""
-    vectors = hidden * dtype.itemsize // 16
-    each = -(-vectors // most)
-    lanes = -(-vectors // (32 * each)) * 32
-    return lanes * max(1, min(most // lanes, 8))

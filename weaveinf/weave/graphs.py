@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: what a step launches, both halves and both streams, is launched at once.
 
 A small step is bound by its launches, which a cut doubles. The batch of a graph lies at fixed addresses and
-is padded, so that few graphs serve all steps. Prefill changes the number of rows in the last layer, whose
-residual then moves between ranks by counts that the host must know: it runs as it is.
+is padded, so that few graphs serve all steps. Prefill changes the number of rows in the last layer, and where
+NCCL sums, the residual then moves by counts that the host must know: it runs as it is.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ a CPU (tests/comm/test_symmetric.py) and on one GPU (tests/gpu/test_seam.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +15,9 @@ MULTICAST = 1 << 46
 """On a CPU the address of what lies at the same place in all buffers."""
 
 MOST_BLOCKS = 256
-ELEMENTS = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 Launch = Callable[[Call, int, int], None]
 Sizes = tuple[torch.dtype, int, int, int, int]
 """dtype, hidden, ranks, rows, blocks of a rank."""
-
-
-def defines(
-    dtype: torch.dtype, hidden: int, ranks: int, threads: int, multimem: bool, fp8: bool
-) -> dict[str, Any]:
-    """What seam.cu is compiled with."""
-    sizes = {"HIDDEN": hidden, "RANKS": ranks, "MAX_THREADS": threads}
-    return {"ELEMENT": ELEMENTS[dtype], **sizes, "MULTIMEM": int(multimem), "FP8": int(fp8)}
 
 
 class World:

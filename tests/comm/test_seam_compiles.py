@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from weaveinf.ops import cuda
+from weaveinf.comm import symmetric
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 SIZES = {
-    "BFloat16": (512, 2880, 8192, 16384),
-    "Float16": (5120,),
-    "Float32": (512, 16384),
+    torch.bfloat16: (512, 2880, 8192, 16384),
+    torch.float16: (5120,),
+    torch.float32: (512, 16384),
 }
 
 
@@ -73,30 +73,22 @@ def dump(what: str, cubin: bytes, home: Path) -> str:
     ).stdout
 
 
-def cases() -> list[tuple[str, int, int, bool, bool]]:
+def cases() -> list[tuple[torch.dtype, int, int, bool, bool]]:
     found = [
         (element, hidden, ranks, multimem, False)
         for element, sizes in SIZES.items()
         for hidden, ranks, multimem in product(sizes, (2, 8), (False, True))
     ]
-    return [*found, ("BFloat16", 8192, 1, False, False), ("BFloat16", 8192, 8, True, True)]
+    return [*found, (torch.bfloat16, 8192, 1, False, False), (torch.bfloat16, 8192, 8, True, True)]
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 def test_no_spills_and_the_switch_s_instructions(architecture: str, tmp_path: Path) -> None:
-    dtypes = {"BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32}
     for element, hidden, ranks, multimem, fp8 in cases():
-        defines = {
-            "ELEMENT": element,
-            "HIDDEN": hidden,
-            "RANKS": ranks,
-            "MULTIMEM": int(multimem),
-            "FP8": int(fp8),
-            "MAX_THREADS": 1024,
-        }
+        defines = symmetric.defines(element, hidden, ranks, multimem, fp8)
         cubin = compiled(architecture, defines)
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage", cubin, tmp_path)))
-        threads = cuda.seam_threads(hidden, dtypes[element])
+        threads = symmetric.threads(hidden, element)
         assert usage["LOCAL"] == usage["STACK"] == "0", (defines, usage)
         assert int(usage["REG"]) <= min(255, 65536 // threads // 8 * 8), (defines, usage)
         code = dump("-sass", cubin, tmp_path)
