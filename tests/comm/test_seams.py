@@ -45,6 +45,7 @@ class Oracle:
         self.ranks, self.seam, self.dtype = ranks, seam, dtype
         self.random = torch.Generator().manual_seed(seed)
         self.digests: list[bytes] = []
+        self.starts = 0
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random).to(self.dtype)
@@ -72,7 +73,8 @@ class Oracle:
             joint.residual_scale,
             self.expected,
         )
-        self.seam.start(joint, kept)
+        self.starts += 1
+        self.seam.start(joint, kept, self.seam.ctas[self.starts % len(self.seam.ctas)])
 
     def finish(self) -> None:
         x = self.seam.finish()

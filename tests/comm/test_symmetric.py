@@ -86,7 +86,8 @@ def on_threads(
 
     with (
         mock.patch.object(symmetric, "allocate", allocate),
-        mock.patch.object(symmetric, "BLOCKS", 2),
+        mock.patch.object(symmetric, "ALONE", 2),
+        mock.patch.object(SymmetricSeam, "ctas", (0, 1)),
         mock.patch.object(test_seams, "MAX_ROWS", 350),
         mock.patch.object(symmetric, "kernel", lambda *sizes: Grid(path)),
         mock.patch.object(test_seams, "build", build),

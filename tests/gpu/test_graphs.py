@@ -1,4 +1,4 @@
-"""Decode steps replayed as CUDA graphs give what they give without."""
+"""Steps replayed as CUDA graphs give what they give without."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def test_replayed_tokens_are_those_of_eager_steps(tmp_path: Path, family: str) -
             assert isinstance(graphs, Graphs)
             if not replay:
                 weaver.repeated = None
-            answers.append([out.token_ids for out in llm.generate(prompts, params, show_progress=False)])
+            answers.append([])
+            for turn in range(3):  # prompts too: as they are, captured, replayed
+                # No prompt begins like one before it, so all are of the same lengths again.
+                new = [[turn + 1, *prompt] for prompt in prompts]
+                answers[-1] += [out.token_ids for out in llm.generate(new, params, show_progress=False)]
             assert bool(graphs._kept) == replay
+            assert any(key.logits[0] < key.rows[0] for key in graphs._kept) == replay
     assert answers[0] == answers[1]

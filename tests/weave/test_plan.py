@@ -40,7 +40,7 @@ class Made:
     def seam(self, rows: int, seam_ctas: int) -> float:
         return self.seam_fixed + self.seam_per_row * rows
 
-    def beside(self, rows: int) -> tuple[float, float]:
+    def beside(self, rows: int, seam_ctas: int) -> tuple[float, float]:
         return self.slow
 
     def outside(self, rows: int, halves: int = 1) -> float:

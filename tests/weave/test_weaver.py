@@ -95,9 +95,9 @@ def test_a_profile_is_measured_once_and_kept(tmp_path: Path) -> None:
 def disagreeing(ranks: Ranks, path: str, cache: str) -> Any:
     """Rank 0 believes that seams are dear, the others that they cost nothing."""
     dear = 100.0 if ranks.rank == 0 else 0.0
-    blocks, ones, none = (1.0, 16.0), (1.0, 1.0), (0.0, 0.0)
+    blocks, ones, none = (1.0, 16.0), ((1.0, 1.0),), (0.0, 0.0)
     costs = Profile(
-        3, (8, 128), (0.1, 0.1), blocks, blocks, (dear / 8, dear), ones, ones, none, none, per_work=0.0
+        3, (8, 128), (0.1, 0.1), blocks, blocks, ((dear / 8, dear),), ones, ones, none, none, per_work=0.0
     )
     with over_sockets(Path(cache)), mock.patch.object(weaver.Weaver, "_profile", lambda self: costs):
         return with_engines(ranks, settings(path, "auto"), answers)

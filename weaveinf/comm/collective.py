@@ -53,6 +53,7 @@ class CollectiveSeam:
 
     name = "collective"
     fused = False
+    ctas = (0,)
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype, why: str) -> None:
         self.why = why
@@ -88,7 +89,7 @@ class CollectiveSeam:
         """See `Seam.partial`."""
         return self._partial[: self._rows]
 
-    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+    def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         """See `Seam.start`. The progress thread runs it."""
         if joint.weight.dtype != self._x.dtype:
             raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {self._x.dtype}")

@@ -18,6 +18,7 @@ class LocalSeam:
     name = "local"
     why = "one rank"
     fused = False
+    ctas = (0,)
 
     def __init__(self, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self._partial, self._residual, self._x = torch.empty(
@@ -37,7 +38,7 @@ class LocalSeam:
         """See `Seam.partial`."""
         return self._partial[: self._rows]
 
-    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+    def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         """See `Seam.start`."""
         began = time.monotonic()
         if kept is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,17 +44,21 @@ class Seam(Protocol):
     """When the latest start's work began and ended, in seconds of the monotonic clock, or two CUDA events;
     valid after finish."""
 
+    @property
+    def ctas(self) -> Sequence[int]:
+        """CTAs of a GPU that `start` may be given; 0, the first: what it takes with nothing beside it."""
+
     def open(self, rows: int) -> None:
         """Begins a pass of `rows` rows, the residual zero. ValueError beyond the seam's size."""
 
     def partial(self) -> Tensor:
         """[rows, hidden]: where the next block writes its partial sums. Content undefined before."""
 
-    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+    def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         """Begins the sum, the add and the norm; runs to its end by itself.
 
         kept: int64 ascending indices of the rows that go on. The block has then filled only
-        partial()[:len(kept)], with these rows.
+        partial()[:len(kept)], with these rows. ctas: one of `self.ctas`, the same on every rank.
         """
 
     def finish(self) -> Tensor:

@@ -50,6 +50,7 @@ class SharedSeam:
     name = "shared memory"
     why = "CPU ranks of one host"
     fused = True
+    ctas = (0,)
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
         assert segment.lib is not None and native.lib is not None
@@ -107,7 +108,7 @@ class SharedSeam:
         """See `Seam.partial`."""
         return self._view(0, self._partial)
 
-    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+    def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         """See `Seam.start`."""
         if joint.weight.dtype != self._x.dtype:
             raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {self._x.dtype}")

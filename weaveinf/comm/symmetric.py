@@ -18,9 +18,8 @@ from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
 from weaveinf.ops import cuda
 
-MAX_BLOCKS = 64
-BLOCKS = 8
-"""SMs that a seam takes. At 8 the published kernel reaches 90 % of what it reaches at all."""
+ALONE = 16
+"""CTAs of a seam with nothing beside it, each on an SM of its own; more gain the published kernel nothing."""
 
 _PATIENCE_S = 120.0
 """How long a kernel waits at most: blocks take milliseconds, a rank's first steps compile kernels."""
@@ -121,6 +120,7 @@ class SymmetricSeam:
     """
 
     fused = True
+    ctas = (0, 2, 4, 8)
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
         self._ranks, self._hidden, self._dtype = ranks, hidden, dtype
@@ -132,7 +132,7 @@ class SymmetricSeam:
             "x": max_rows * row,
             "residual": most * row,
             "old_residual": most * row,
-            "pads": MAX_BLOCKS * 8 * 4,
+            "pads": ALONE * 8 * 4,
         }
         self._at: dict[str, int] = {}
         size = 0
@@ -144,7 +144,7 @@ class SymmetricSeam:
         self.why = "the switch sums" if memory.multicast else "the ranks map each other's memory"
         self._kernel = kernel(dtype, hidden, ranks.size, memory.multicast != 0)
         # Of this rank alone: the meetings of every block, and who did not come.
-        self._counts = torch.zeros(MAX_BLOCKS + 1, dtype=torch.int32, device=ranks.device)
+        self._counts = torch.zeros(ALONE + 1, dtype=torch.int32, device=ranks.device)
         self._call = self._constants()
         self._rows, self._fresh = 0, True
         self._held: Any = None
@@ -156,7 +156,7 @@ class SymmetricSeam:
         for r, buffer in enumerate(here.buffers):
             call.buffers[r] = buffer.data_ptr()
         call.epochs[rank] = self._counts.data_ptr()
-        call.failed = self._counts[MAX_BLOCKS:].data_ptr()
+        call.failed = self._counts[ALONE:].data_ptr()
         call.said = self._ranks.words.data_ptr()
         call.multicast = here.multicast
         call.patience_ns = int(1e9 * min(self._ranks.silence_s, _PATIENCE_S))
@@ -179,7 +179,7 @@ class SymmetricSeam:
         """See `Seam.partial`."""
         return self._view("partial", self._rows)
 
-    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+    def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         """See `Seam.start`. A stream of its own runs it."""
         if joint.weight.dtype != self._dtype:
             raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {self._dtype}")
@@ -188,10 +188,10 @@ class SymmetricSeam:
             kept = kept.contiguous()
             self._rows = len(kept)
             self._at["residual"], self._at["old_residual"] = self._at["old_residual"], self._at["residual"]
-        self._submit(joint, kept, before)
+        self._submit(joint, kept, before, ctas)
         self._fresh = False
 
-    def _submit(self, joint: Joint | None, kept: Tensor | None, before: int) -> None:
+    def _submit(self, joint: Joint | None, kept: Tensor | None, before: int, ctas: int = 0) -> None:
         """Without a joint only a meeting of all ranks."""
         self._ranks.check()
         call = Call.from_buffer_copy(self._call)
@@ -203,7 +203,7 @@ class SymmetricSeam:
             call.kept = kept.data_ptr() if kept is not None else None
 
         # `memory` lives until the kernel ran, even if the seam is closed meanwhile.
-        def run(memory: Memory = self._memory, blocks: int = BLOCKS) -> Waits:
+        def run(memory: Memory = self._memory, blocks: int = ctas or ALONE) -> Waits:
             self._kernel(call, blocks)
             yield from ()
             return ()

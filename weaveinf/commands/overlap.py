@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from weaveinf.config import EngineConfig
 from weaveinf.engine.worker import Worker
 from weaveinf.models.layers import Block
 from weaveinf.weave import timeline
+from weaveinf.weave.plan import Plan, unplanned
 from weaveinf.weave.run import run as run_chain
 from weaveinf.weave.timeline import Recorder
 from weaveinf.weave.weaver import nothing
@@ -101,10 +103,10 @@ class Overlap:
     def cell(self, tokens: int, pairs: int) -> dict[str, Any]:
         """Medians over `pairs` rounds of all variants of a prompt of `tokens` tokens."""
         weaver, batch = self.weaver, self.weaver.rehearsal(tokens, 0)
-        cut, why, whole, woven = self._plan(tokens, *_work(tokens))
+        plan = self._plan(tokens, *_work(tokens))
         variants: dict[str, Callable[[], Tensor]] = {
             "whole": lambda: weaver.run(batch, 0),
-            "woven": lambda: weaver.run(batch, cut),
+            "woven": lambda: weaver.run(batch, plan.cut, plan.seam_ctas),
             "reduced": lambda: self._run(self._chain, batch, self._reduced),
             "no_comm": lambda: self._run(self._chain, batch, self._alone),
             "comm_only": lambda: self._run(self._links, batch, weaver.seam),
@@ -123,10 +125,10 @@ class Overlap:
             "comm_only_ms": ms["comm_only"],
             "hidden_share": (plain - ms["woven"]) / hideable if hideable > 0 else 0.0,
             "gain": plain / ms["woven"],
-            "cut": cut,
-            "why": why,
-            "predicted_ms": woven if cut else whole,
-            "predicted_plain_ms": whole,
+            "cut": plan.cut,
+            "why": plan.why,
+            "predicted_ms": plan.woven_ms if plan.cut else plan.whole_ms,
+            "predicted_plain_ms": plan.whole_ms,
             "whole_ms": ms["whole"],
             "all_reduce_ms": ms["reduced"],
             "all_reduce_only_ms": ms["reduce_only"],
@@ -138,12 +140,22 @@ class Overlap:
         """A step of one token of each of `rows` sequences, whole and cut in the middle, beside what the
         planner says of its best cut."""
         batch, work = self.weaver.rehearsal(rows, context, decode=True), float(rows * (context + 1))
-        _, why, whole, woven = self._plan(rows, work, work / 2)
+        plan = self._plan(rows, work, work / 2)
         middle = rows // 2 if len(self.weaver.seams) > 1 else 0  # where nothing is ever woven, nothing is cut
         variants = {str(cut): partial(self.weaver.run, batch, cut) for cut in (0, middle)}
         ms = list(self._times(variants, pairs).values())
-        gains = {"gain": ms[0] / ms[-1], "predicted_gain": whole / woven if woven else 1.0}
-        return {"rows": rows, "context": context, "plain_ms": ms[0], "woven_ms": ms[-1], **gains, "why": why}
+        gains = {
+            "gain": ms[0] / ms[-1],
+            "predicted_gain": plan.whole_ms / plan.woven_ms if plan.woven_ms else 1.0,
+        }
+        return {
+            "rows": rows,
+            "context": context,
+            "plain_ms": ms[0],
+            "woven_ms": ms[-1],
+            **gains,
+            "why": plan.why,
+        }
 
     def _times(self, variants: Mapping[str, Callable[[], Tensor]], pairs: int) -> dict[str, float]:
         """Medians of ms, in turns; the first turn does not count."""
@@ -161,18 +173,18 @@ class Overlap:
     @torch.inference_mode()
     def recorded(self, tokens: int) -> Recorder:
         """A step of `tokens` tokens as it is planned, recorded."""
-        cut = self._plan(tokens, *_work(tokens))[0]
+        plan = self._plan(tokens, *_work(tokens))
         self.meet()
-        return self.weaver.rehearse(tokens, 0, cut)
+        return self.weaver.rehearse(tokens, 0, plan.cut, plan.seam_ctas)
 
-    def _plan(self, rows: int, work: float, first_work: float) -> tuple[int, str, float, float]:
-        """Rank 0's cut, on all ranks; why it is so; what it predicts, whole and woven (ms, rank 0 only)."""
-        cut, why, whole, woven = 0, self.weaver.why, 0.0, 0.0
+    def _plan(self, rows: int, work: float, first_work: float) -> Plan:
+        """Rank 0's plan, on all ranks; its predictions on rank 0 only."""
+        plan = unplanned(0, self.weaver.why)
         if self._ranks.rank == 0 and self.weaver.planner is not None:
             plan = self.weaver.planner.plan(rows, work, first_work)
-            cut, why, whole, woven = plan.cut, plan.why, plan.whole_ms, plan.woven_ms
-        told = self._ranks.votes.sum(torch.tensor([float(cut)]))
-        return int(told), why, whole, woven
+        told = self._ranks.votes.sum(torch.tensor([plan.cut, *plan.seam_ctas], dtype=torch.float32))
+        cut, attention, mlp = map(int, told.tolist())
+        return replace(plan, cut=cut, seam_ctas=(attention, mlp))
 
     def _bytes(self, tokens: int) -> float:
         """What a rank on a host of its own sends in a round: each joint's rows once there and once back, but
@@ -211,9 +223,9 @@ class AllReduceSeam(LocalSeam):
         silence = timedelta(seconds=ranks.silence_s)
         self._group = ranks.seams or ranks.group("all-reduces", ranks.device.type, silence)
 
-    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+    def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         """See `Seam.start`."""
         rows = self.partial() if kept is None else self.partial()[: len(kept)]
         if rows.numel():
             wait_for(self._group.allreduce([rows]), None, "an all-reduce")
-        super().start(joint, kept)
+        super().start(joint, kept, ctas)

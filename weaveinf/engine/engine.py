@@ -112,7 +112,8 @@ class Engine:
         """Lets the ranks do one step; returns what came of it, or of one before it."""
         step = self.scheduler.schedule()
         if step is not None:
-            step.cut, step.why = self.executor.worker.weaver.plan(step.num_computed, step.num_query)
+            plan = self.executor.worker.weaver.plan(step.num_computed, step.num_query)
+            step.cut, step.seam_ctas, step.why = plan.cut, plan.seam_ctas, plan.why
             self.executor.submit(step)
             self._under_way.append(step)
         if not self._under_way or (step is not None and len(self._under_way) <= self.executor.ahead):

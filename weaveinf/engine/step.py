@@ -14,7 +14,7 @@ Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 Float64s = NDArray[np.float64]
 
-MAGIC = 0x77656176_00000001
+MAGIC = 0x77656176_00000002
 """First word of a packed step; its low half is the layout's version."""
 
 PER_SEQUENCE = (
@@ -39,7 +39,7 @@ _FLOATS = (
     "presence_penalty",
 )
 _ARRAYS = ("banned_ids", "bias_ids", "bias_values", "prompt_token_ids", "output_token_ids")
-_HEADER = 8
+_HEADER = 10
 _FIXED = len(_INTEGERS) + len(_FLOATS) + len(_ARRAYS)
 
 
@@ -97,6 +97,7 @@ class Step:
                        `token_ids`
 
     `cut`: rows of the first half, 0 where the step runs whole; `why` so, for rank 0's counters alone.
+    `seam_ctas`: of seams under attention and under other blocks (`Plan`).
 
     Flat int64 arrays, in sequence order: token_ids, new_pages, targets. Admissions come first: they
     empty a slot's row before this step's pages are appended.
@@ -117,6 +118,7 @@ class Step:
     new_pages: Int64s
     targets: Int64s
     cut: int = 0
+    seam_ctas: tuple[int, int] = (0, 0)
     why: str = ""
 
     @property
@@ -145,6 +147,7 @@ class Step:
                 0,
                 self.number,
                 self.cut,
+                *self.seam_ctas,
                 len(self.state_slot),
                 len(self.admissions),
                 len(self.token_ids),
@@ -168,7 +171,7 @@ class Step:
         """
         if words.dtype != np.int64 or words.ndim != 1 or len(words) < _HEADER or words[0] != MAGIC:
             raise ValueError("not a packed step")
-        total, number, cut, sequences, admissions, tokens, targets = words[1:_HEADER].tolist()
+        total, number, cut, *ctas, sequences, admissions, tokens, targets = words[1:_HEADER].tolist()
         if total != len(words) or min(sequences, admissions, tokens, targets) < 0:
             raise ValueError(f"a packed step of {total} words came as {len(words)}")
         reader = _Reader(words, _HEADER)
@@ -187,6 +190,7 @@ class Step:
             new_pages=reader.take(int(rows["num_new_pages"].sum(dtype=np.int64))),
             targets=reader.take(targets),
             cut=cut,
+            seam_ctas=(ctas[0], ctas[1]),
         )
         if not 0 <= cut < max(step.num_tokens, 1):
             raise ValueError("a packed step is cut where it has no rows")

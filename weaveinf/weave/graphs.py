@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: what a step launches, both halves and both streams, is launched at once.
+"""Steps as CUDA graphs: what a step launches, both halves and both streams, is launched at once.
 
 A small step is bound by its launches, which a cut doubles. The batch of a graph lies at fixed addresses and
-is padded, so that few graphs serve all steps. Prefill changes the number of rows in the last layer, and where
-NCCL sums, the residual then moves by counts that the host must know: it runs as it is.
+is padded, so that few graphs serve all steps. Where NCCL sums, only decode steps are graphs: the last layer
+drops the other rows of a prompt, and the residual then moves by counts that the host must know.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from weaveinf.cache.batch import Batch
 RESIDENT = 24
 """Graphs that are kept at most; the one that was not used for longest goes first."""
 
-_INT32 = [f.name for f in fields(Batch) if f.name not in ("input_ids", "logit_rows")]
+MOST_ROWS = 2048
+"""Of a graph. With more rows a GPU takes longer than the host that issues its work."""
+
+_INT32 = [f.name for f in fields(Batch) if f.name != "input_ids"]
 
 
 def padded(rows: int) -> int:
@@ -30,12 +33,29 @@ def padded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def shape(halves: Sequence[Batch], most: int) -> tuple[tuple[int, ...], int]:
-    """Rows of each half of the graph that serves these, of `most` rows at most, and pages of a sequence."""
-    first = [half.num_tokens for half in halves[:-1]]
-    rows = sum(first) + halves[-1].num_tokens
-    blocks = halves[0].block_table.shape[1]
-    return (*first, min(padded(rows), most) - sum(first)), 1 << (blocks - 1).bit_length()
+class Shape(NamedTuple):
+    """What a graph is made for: rows of each half; those of them whose logits are wanted; sequences; pages of
+    a sequence; what its seams are given (`Plan`)."""
+
+    rows: tuple[int, ...]
+    logits: tuple[int, ...]
+    seqs: int
+    blocks: int
+    ctas: tuple[int, int]
+
+
+def shape(halves: Sequence[Batch], most: int, ctas: tuple[int, int] = (0, 0)) -> Shape:
+    """Of the graph that serves these, of `most` rows at most."""
+    rows = [half.num_tokens for half in halves]
+    rows[-1] = min(padded(sum(rows)), most) - sum(rows[:-1])
+    logits = []
+    for half, count in zip(halves, rows, strict=True):
+        wanted = half.logit_rows.shape[0]
+        # All rows, or fewer than all: which, the last layer tells by these counts.
+        logits.append(count if wanted == half.num_tokens else min(padded(wanted), count - 1) if wanted else 0)
+    seqs, blocks = halves[0].block_table.shape
+    seqs = sum(rows) if is_decode(halves) else padded(seqs)
+    return Shape(tuple(rows), tuple(logits), seqs, 1 << (blocks - 1).bit_length(), ctas)
 
 
 def is_decode(halves: Sequence[Batch]) -> bool:
@@ -45,23 +65,19 @@ def is_decode(halves: Sequence[Batch]) -> bool:
 
 
 class StaticHalves:
-    """The halves of a decode step, padded, at fixed addresses; one copy brings them to the device.
+    """The halves of a step, padded, at fixed addresses; one copy brings all but the tokens to the device."""
 
-    Args:
-        rows: of each half; the sequences of each are as many as all rows.
-        blocks: columns of the block table.
-    """
-
-    def __init__(self, rows: Sequence[int], blocks: int, device: torch.device) -> None:
-        seqs = sum(rows)
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self._shape = shape
         shapes: list[tuple[int, ...]] = []
-        for count in rows:
-            of: dict[str, tuple[int, ...]] = dict.fromkeys(_INT32, (seqs,))
+        for count, logits in zip(shape.rows, shape.logits, strict=True):
+            of: dict[str, tuple[int, ...]] = dict.fromkeys(_INT32, (shape.seqs,))
             of |= {
-                "cu_seqlens_q": (seqs + 1,),
+                "cu_seqlens_q": (shape.seqs + 1,),
                 "positions": (count,),
                 "slot_mapping": (count,),
-                "block_table": (seqs, blocks),
+                "block_table": (shape.seqs, shape.blocks),
+                "logit_rows": (logits,),
             }
             shapes += [of[name] for name in _INT32]
         sizes = [torch.Size(shape).numel() for shape in shapes]
@@ -73,27 +89,38 @@ class StaticHalves:
             each = len(_INT32)
             return [dict(zip(_INT32, views[i : i + each], strict=True)) for i in range(0, len(views), each)]
 
-        self._fields = cut(self._host)
+        self._fields, self._copies = cut(self._host), cut(self._there)
         self.halves = [
             Batch(
                 input_ids=torch.zeros(count, dtype=torch.int64, device=device),
-                logit_rows=torch.arange(count, device=device),
-                **views,
+                **views | {"logit_rows": torch.arange(logits, device=device)},
             )
-            for count, views in zip(rows, cut(self._there), strict=True)
+            for count, logits, views in zip(shape.rows, shape.logits, self._copies, strict=True)
         ]
 
     def fill(self, halves: Sequence[Batch]) -> None:
         """Takes over halves of no more rows, which but for the tokens are on the host."""
         for static, into, half in zip(self.halves, self._fields, halves, strict=True):
             static.input_ids[: half.num_tokens].copy_(half.input_ids)
+            padding = {"slot_mapping": -1, "cu_seqlens_q": half.num_tokens}
+            if half.logit_rows.shape[0]:  # a row may be wanted several times
+                padding["logit_rows"] = int(half.logit_rows[-1])
             for name, field in into.items():
                 given = getattr(half, name)
-                field.fill_(
-                    -1 if name == "slot_mapping" else half.num_tokens if name == "cu_seqlens_q" else 0
-                )
+                field.fill_(padding.get(name, 0))
                 field[tuple(slice(0, n) for n in given.shape)] = given
         self._there.copy_(self._host, non_blocking=True)
+        for static, there in zip(self.halves, self._copies, strict=True):
+            if static.logit_rows.shape[0] < static.num_tokens:  # or it is all rows, for good
+                static.logit_rows.copy_(there["logit_rows"])
+
+    def wanted(self, x: Tensor, halves: Sequence[Batch]) -> Tensor:
+        """The rows of these halves among those that a step of the static ones returned."""
+        counts = [half.logit_rows.shape[0] for half in halves]
+        if counts[:-1] == list(self._shape.logits[:-1]):
+            return x[: sum(counts)]
+        parts = x.split(self._shape.logits)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class _Graph(NamedTuple):
@@ -110,46 +137,56 @@ class Graphs:
         step: runs halves that are on the device; the normalised rows.
         held: the memory that a step uses beside its halves now, which a graph must keep.
         most: rows of a step.
+        only_decode: whether the seams need the host's help where rows are dropped.
     """
 
     def __init__(
         self,
-        step: Callable[[Sequence[Batch]], Tensor],
+        step: Callable[[Sequence[Batch], tuple[int, int]], Tensor],
         held: Callable[[], list[Tensor]],
         most: int,
+        only_decode: bool,
         device: torch.device,
     ) -> None:
         self._step, self._held = step, held
-        self._most, self._device = most, device
-        self._seen: dict[Any, StaticHalves] = {}
-        self._kept: OrderedDict[Any, _Graph] = OrderedDict()
+        self._most, self._only_decode, self._device = most, only_decode, device
+        self._seen: dict[Shape, StaticHalves] = {}
+        self._kept: OrderedDict[Shape, _Graph] = OrderedDict()
         self._pool: Any = None
 
-    def run(self, halves: Sequence[Batch]) -> Tensor:
-        """What the step returns for the halves of a decode step (see `is_decode`). Of each shape the first
-        step runs as it is, which compiles kernels; the second is captured."""
-        total = sum(half.num_tokens for half in halves)
-        key = shape(halves, self._most)
+    def takes(self, halves: Sequence[Batch]) -> bool:
+        """Whether such a step may be a graph."""
+        rows = sum(half.num_tokens for half in halves)
+        return is_decode(halves) or (rows <= MOST_ROWS and not self._only_decode)
+
+    def planned(self, rows: int) -> int:
+        """The rows for which a step of `rows` is to be planned, so that steps of a graph have one plan."""
+        return rows if self._only_decode or rows > MOST_ROWS else min(padded(rows), self._most)
+
+    def run(self, halves: Sequence[Batch], ctas: tuple[int, int]) -> Tensor:
+        """What the step returns for halves that it `takes`. Of each shape the first step runs as it is, which
+        compiles kernels; the second is captured."""
+        key = shape(halves, self._most, ctas)
         if (kept := self._kept.get(key)) is None:
             if key not in self._seen:
                 if len(self._seen) == RESIDENT:
                     self._seen.clear()
-                static = self._seen[key] = StaticHalves(*key, self._device)
+                static = self._seen[key] = StaticHalves(key, self._device)
                 static.fill(halves)
-                return self._step(static.halves)[:total]
-            kept = self._capture(self._seen.pop(key))
+                return static.wanted(self._step(static.halves, ctas), halves)
+            kept = self._capture(self._seen.pop(key), ctas)
             self._kept[key] = kept
             if len(self._kept) > RESIDENT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         kept.static.fill(halves)
         kept.graph.replay()
-        return kept.x[:total]
+        return kept.static.wanted(kept.x, halves)
 
-    def _capture(self, static: StaticHalves) -> _Graph:
+    def _capture(self, static: StaticHalves, ctas: tuple[int, int]) -> _Graph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            x = self._step(static.halves)
+            x = self._step(static.halves, ctas)
         return _Graph(graph, static, x, self._held())

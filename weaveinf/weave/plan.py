@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, NamedTuple, Protocol
 
 Stage = Literal["embedding", "attention", "mlp"]
@@ -28,7 +29,7 @@ class Costs(Protocol):
     row_block: int
     """Cuts are multiples of it."""
     seam_ctas: Sequence[int]
-    """What seams may be given; 0 is all that they can use, with nothing beside them."""
+    """What seams may be given; 0: what they take with nothing beside them."""
 
     def block(self, stage: Stage, rows: int, context: float, seam_ctas: int) -> float:
         """A block of `rows` rows that read `context` cached tokens each, in the mean, on the units that
@@ -37,8 +38,9 @@ class Costs(Protocol):
     def seam(self, rows: int, seam_ctas: int) -> float:
         """A seam by itself."""
 
-    def beside(self, rows: int) -> tuple[float, float]:
-        """How many times longer a block, and a seam, take while the other runs, in a step of `rows`."""
+    def beside(self, rows: int, seam_ctas: int) -> tuple[float, float]:
+        """How many times longer a block, and a seam of `seam_ctas`, take while the other runs, in a step of
+        `rows`."""
 
     def outside(self, rows: int, halves: int = 1) -> float:
         """What a step, whole or in two halves, costs outside of blocks and seams."""
@@ -69,6 +71,11 @@ class Plan:
     why: str
 
 
+def unplanned(cut: int, why: str) -> Plan:
+    """A plan that nobody has predicted anything of."""
+    return Plan(cut, (0, 0), 0.0, 0.0, why)
+
+
 class Half(NamedTuple):
     """Rows of a step, and how many cached tokens each of them reads in the mean."""
 
@@ -83,14 +90,16 @@ def play(costs: Costs, halves: Sequence[Half], ctas: tuple[int, int], layers: in
     given: dict[Stage, int] = {"embedding": mlp, "attention": attention, "mlp": mlp}
     blocks = {(stage, h): costs.block(stage, *halves[h], given[stage]) for stage in given for h in both}
     seams = {(units, h): costs.seam(halves[h].rows, units) for units in {attention, mlp, 0} for h in both}
-    line = _Line(costs.beside(sum(half.rows for half in halves)))
+    rows = sum(half.rows for half in halves)
+    beside = {units: costs.beside(rows, units) for units in {attention, mlp}}
+    line = _Line()
     chain: list[Stage] = ["embedding"]
     for _ in range(layers):
         chain += ["attention", "mlp"]
     for stage, next_given in zip(chain, [given[stage] for stage in chain[1:]] + [0], strict=True):
         for h in both:
             line.await_seam(h)
-            line.block(h, stage, blocks[stage, h])
+            line.block(h, stage, blocks[stage, h], beside[given[stage]])
             # The first half's seam lies under the second's same block, the second's under the first's next.
             line.start_seam(h, seams[next_given if h else given[stage], h])
     for h in both:
@@ -108,11 +117,10 @@ class _Seam:
 class _Line:
     """Time, and the seams under way: first in, first out."""
 
-    def __init__(self, beside: tuple[float, float]) -> None:
+    def __init__(self) -> None:
         self.now = 0.0
         self.spans: list[Span] = []
         self._seams: list[_Seam] = []
-        self._slow_block, self._slow_seam = beside
 
     def start_seam(self, half: int, work: float) -> None:
         self._seams.append(_Seam(half, work, self.now))
@@ -121,12 +129,13 @@ class _Line:
         while any(seam.half == half for seam in self._seams):
             self._pass(self._seams[0].work, 1.0)
 
-    def block(self, half: int, stage: Stage, work: float) -> None:
+    def block(self, half: int, stage: Stage, work: float, beside: tuple[float, float]) -> None:
         start = self.now
+        slow_block, slow_seam = beside
         while self._seams and work > 1e-12:
-            time = min(work * self._slow_block, self._seams[0].work * self._slow_seam)
-            work -= time / self._slow_block
-            self._pass(time, self._slow_seam)
+            time = min(work * slow_block, self._seams[0].work * slow_seam)
+            work -= time / slow_block
+            self._pass(time, slow_seam)
         self.now += work
         self.spans.append(Span(half, stage, start, self.now))
 
@@ -174,13 +183,19 @@ class Planner:
         costs = self._costs
         whole = predict(costs, [Half(rows, context)], (0, 0))
         best, cut, ctas = math.inf, 0, (0, 0)
+
+        def consider(at: int, units: tuple[int, int]) -> None:
+            nonlocal best, cut, ctas
+            woven = predict(costs, split(rows, context, share, at), units)
+            if woven < best:
+                best, cut, ctas = woven, at, units
+
         for at in cuts(rows, costs.row_block):
-            halves = split(rows, context, share, at)
-            for attention in costs.seam_ctas:
-                for mlp in costs.seam_ctas:
-                    woven = predict(costs, halves, (attention, mlp))
-                    if woven < best:
-                        best, cut, ctas = woven, at, (attention, mlp)
+            for units in costs.seam_ctas:
+                consider(at, (units, units))
+        if cut and len(costs.seam_ctas) > 1:  # the best cut hardly moves with what each stage is given
+            for attention, mlp in product(costs.seam_ctas, repeat=2):
+                consider(cut, (attention, mlp))
         if not cut:
             return Plan(0, (0, 0), whole, whole, "too small to cut")
         if best > GAIN * whole:

@@ -25,18 +25,19 @@ ROWS = (8, 32, 128, 256, 512, 1024, 2048, 4096)
 STALE, STALE_MS = 1.6, 0.5
 """A kept profile holds while a seam takes what it says, within this factor or this time."""
 
-Run = Callable[[int, int, int], list[Span]]
-"""(rows, context before them, cut): every rank runs such a step; what was recorded of it."""
+Run = Callable[[int, int, int, int], list[Span]]
+"""(rows, context before them, cut, CTAs of seams): every rank runs such a step; what was recorded of it."""
+Table = Sequence[Sequence[float]]
 
 
 @dataclass
 class Profile:
     """`Costs` by measurement, in ms. rows: ascending; the others: at each of `rows`, one block or seam.
 
-    block_beside, seam_beside: how much slower a block and a seam are while the other runs, in a step of so
-    many rows, cut. outside_whole, outside_woven: what such steps took beyond what these costs explain; less
-    than nothing for the last layer, which drops rows. per_work: attention's ms for a row and a cached token
-    that it reads.
+    seams, block_beside and seam_beside have a line for each of `seam_ctas`, of which the first is 0. The last
+    two: how much slower a block and a seam are while the other runs, in a step of so many rows, cut.
+    outside_whole, outside_woven: what such steps took beyond what these costs explain; less than nothing for
+    the last layer, which drops rows. per_work: attention's ms for a row and a cached token that it reads.
     """
 
     num_layers: int
@@ -44,9 +45,9 @@ class Profile:
     embedding: Sequence[float]
     attention: Sequence[float]
     mlp: Sequence[float]
-    seams: Sequence[float]
-    block_beside: Sequence[float]
-    seam_beside: Sequence[float]
+    seams: Table
+    block_beside: Table
+    seam_beside: Table
     outside_whole: Sequence[float]
     outside_woven: Sequence[float]
     per_work: float
@@ -54,10 +55,13 @@ class Profile:
     seam_ctas: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
-        by_rows = [self.embedding, self.attention, self.mlp, self.seams, self.block_beside, self.seam_beside]
-        by_rows += [self.outside_whole, self.outside_woven]
+        tables = [self.seams, self.block_beside, self.seam_beside]
+        by_rows = [self.embedding, self.attention, self.mlp, self.outside_whole, self.outside_woven]
+        by_rows += [line for table in tables for line in table]
         if any(len(values) != len(self.rows) for values in by_rows):
             raise ValueError("not a time for each number of rows")
+        if any(len(table) != len(self.seam_ctas) for table in tables):
+            raise ValueError("not a line for each number of CTAs")
 
     def block(self, stage: Stage, rows: int, context: float, seam_ctas: int) -> float:
         """See `Costs.block`."""
@@ -66,16 +70,20 @@ class Profile:
 
     def seam(self, rows: int, seam_ctas: int) -> float:
         """See `Costs.seam`."""
-        return self._at(self.seams, rows)
+        return self._at(self._line(self.seams, seam_ctas), rows)
 
     def outside(self, rows: int, halves: int = 1) -> float:
         """See `Costs.outside`."""
         return self._at(self.outside_woven if halves > 1 else self.outside_whole, rows)
 
-    def beside(self, rows: int) -> tuple[float, float]:
+    def beside(self, rows: int, seam_ctas: int) -> tuple[float, float]:
         """See `Costs.beside`."""
-        block, seam = (np.interp(rows, self.rows, found) for found in (self.block_beside, self.seam_beside))
+        tables = self.block_beside, self.seam_beside
+        block, seam = (np.interp(rows, self.rows, self._line(table, seam_ctas)) for table in tables)
         return float(block), float(seam)
+
+    def _line(self, table: Table, seam_ctas: int) -> Sequence[float]:
+        return table[self.seam_ctas.index(seam_ctas)]
 
     def _at(self, values: Sequence[float], rows: int) -> float:
         """Straight between what was measured, in proportion to the rows beyond."""
@@ -84,39 +92,55 @@ class Profile:
         return float(np.interp(rows, self.rows, values))
 
 
-def measure(run: Run, num_layers: int, most_rows: int, most_tokens: int) -> Profile:
-    """Runs steps of several sizes, whole and woven. Every rank calls it; each finds its own times."""
+def measure(
+    run: Run, num_layers: int, most_rows: int, most_tokens: int, seam_ctas: Sequence[int] = (0,)
+) -> Profile:
+    """Runs steps of several sizes, whole and woven, with seams of each of `seam_ctas` (0 first). Every rank
+    calls it; each finds its own times."""
     rows = tuple(n for n in ROWS if n <= most_rows) or (most_rows,)
-    pairs = {n: [(run(n, 0, 0), run(n, 0, n // 2)) for _ in range(_tries(n))] for n in rows}
-    whole, woven = ({n: [pair[i] for pair in pairs[n]] for n in rows} for i in (0, 1))
-    means = {n: _means(whole[n]) for n in rows}
+    pairs = {
+        (n, units): [(run(n, 0, 0, units), run(n, 0, n // 2, units)) for _ in range(_tries(n))]
+        for n in rows
+        for units in seam_ctas
+    }
+    whole, woven = ({key: [pair[i] for pair in tries] for key, tries in pairs.items()} for i in (0, 1))
+    means = {key: _means(tries) for key, tries in whole.items()}
     deep = min(rows[-1], max(rows[0], most_tokens // 4))
     before = max(0, min(most_tokens - deep, 3 * deep))
     per_work = 0.0
     if before:
         times = range(_tries(deep))
-        near, far = (_means([run(deep, at, 0) for _ in times])["attention"] for at in (0, before))
+        near, far = (_means([run(deep, at, 0, 0) for _ in times])["attention"] for at in (0, before))
         per_work = max(0.0, far - near) / (deep * before)
-    ones, none = (1.0,) * len(rows), (0.0,) * len(rows)
+    ones, none = ((1.0,) * len(rows),) * len(seam_ctas), (0.0,) * len(rows)
     found = Profile(
         num_layers=num_layers,
         rows=rows,
-        embedding=tuple(means[n]["embedding"] for n in rows),
-        attention=tuple(max(0.0, means[n]["attention"] - per_work * n * n / 2) for n in rows),
-        mlp=tuple(means[n]["mlp"] for n in rows),
-        seams=tuple(means[n]["seam"] for n in rows),
+        embedding=tuple(means[n, 0]["embedding"] for n in rows),
+        attention=tuple(max(0.0, means[n, 0]["attention"] - per_work * n * n / 2) for n in rows),
+        mlp=tuple(means[n, 0]["mlp"] for n in rows),
+        seams=tuple(tuple(means[n, units]["seam"] for n in rows) for units in seam_ctas),
         block_beside=ones,
         seam_beside=ones,
         outside_whole=none,
         outside_woven=none,
         per_work=per_work,
+        seam_ctas=tuple(seam_ctas),
     )
-    block_beside, seam_beside = zip(*(_beside(woven[n], found, n) for n in rows), strict=True)
-    found = replace(found, block_beside=block_beside, seam_beside=seam_beside)
+    beside = [[_beside(woven[n, units], found, n, units) for n in rows] for units in seam_ctas]
+    found = replace(
+        found,
+        block_beside=tuple(tuple(block for block, _ in line) for line in beside),
+        seam_beside=tuple(tuple(seam for _, seam in line) for line in beside),
+    )
+
+    def outside(steps: Mapping[tuple[int, int], Any], n: int, units: int, halves: list[Half]) -> float:
+        return _total(steps[n, units]) - predict(found, halves, (units, units))
+
     return replace(
         found,
-        outside_whole=tuple(_total(whole[n]) - predict(found, [Half(n, n / 2)], (0, 0)) for n in rows),
-        outside_woven=tuple(_total(woven[n]) - predict(found, _halves(n), (0, 0)) for n in rows),
+        outside_whole=tuple(outside(whole, n, 0, [Half(n, n / 2)]) for n in rows),
+        outside_woven=tuple(median(outside(woven, n, c, _halves(n)) for c in seam_ctas) for n in rows),
     )
 
 
@@ -151,7 +175,9 @@ def _means(tries: Sequence[Sequence[Span]]) -> dict[str, float]:
     return defaultdict(float, {name: min(values) for name, values in found.items()})
 
 
-def _beside(tries: Sequence[Sequence[Span]], alone: Profile, rows: int) -> tuple[float, float]:
+def _beside(
+    tries: Sequence[Sequence[Span]], alone: Profile, rows: int, seam_ctas: int
+) -> tuple[float, float]:
     """How much longer blocks take while a seam runs, and seams while a block runs, in such halves."""
     halves = _halves(rows)
     spans = min(tries, key=lambda spans: spans[-1].end - spans[0].start)
@@ -165,7 +191,9 @@ def _beside(tries: Sequence[Sequence[Span]], alone: Profile, rows: int) -> tuple
     expected = sum(alone.block(cast(Stage, span.name), *halves[span.half], 0) for span in blocks) / 1e3
     block = max(1.0, 1 + (took / expected - 1) * took / under)
     seam = mean(
-        (s.end - s.start) * 1e3 / alone.seam(halves[s.half].rows, 0) for s in inner if s.kind == "seam"
+        (s.end - s.start) * 1e3 / alone.seam(halves[s.half].rows, seam_ctas)
+        for s in inner
+        if s.kind == "seam"
     )
     return min(block, 3.0), min(max(1.0, seam), 3.0)
 

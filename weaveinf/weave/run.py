@@ -26,10 +26,17 @@ if TYPE_CHECKING:
     Chain = Sequence[tuple[Block, Joint]]
 
 
-def run(chain: Chain, halves: Sequence[Batch], seams: Sequence[Seam], votes: Votes) -> Tensor:
+def run(
+    chain: Chain,
+    halves: Sequence[Batch],
+    seams: Sequence[Seam],
+    votes: Votes,
+    ctas: tuple[int, int] = (0, 0),
+) -> Tensor:
     """Runs a batch, whole or in two halves (`Batch.split`), through every block and seam of a model.
 
-    Each half has a seam of its own. Returns the normalised rows that are left (`[rows, hidden]`, the same
+    Each half has a seam of its own; `ctas` are for seams that run under attention and under another block
+    (`Plan`). Returns the normalised rows that are left (`[rows, hidden]`, the same
     on every rank; valid until a seam's next start).
     """
     batches = list(halves)
@@ -37,18 +44,20 @@ def run(chain: Chain, halves: Sequence[Batch], seams: Sequence[Seam], votes: Vot
     for batch, seam in zip(batches, seams, strict=True):
         seam.open(batch.num_tokens)
 
-    def part(half: int, block: Block, joint: Joint, first: bool) -> Iterator[None]:
+    def part(half: int, block: Block, joint: Joint, number: int) -> Iterator[None]:
         """A half's turn at a block; yields while a vote of its is under way."""
         seam = seams[half]
-        kept = block(None if first else seam.finish(), batches[half], seam.partial())
+        kept = block(seam.finish() if number else None, batches[half], seam.partial())
         if isinstance(kept, Generator):
             kept = yield from _voting(kept, votes)
         if kept is not None:
             batches[half] = batches[half].take(kept)
-        seam.start(joint, kept)
+        # The first half's seam lies under the second's same block, the second's under the first's next.
+        under_attention = (number + half) % 2 == 1
+        seam.start(joint, kept, ctas[0] if under_attention else ctas[1])
 
     for i, (block, joint) in enumerate(chain):
-        turns = deque(part(half, block, joint, i == 0) for half in range(len(seams)))
+        turns = deque(part(half, block, joint, i) for half in range(len(seams)))
         while turns:
             turn = turns.popleft()
             if next(turn, "over") is None:

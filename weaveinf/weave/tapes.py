@@ -15,6 +15,7 @@ from weaveinf.comm.aid import WORTH
 from weaveinf.comm.segment import check
 from weaveinf.ops import native
 from weaveinf.ops.tape import Tape
+from weaveinf.weave.graphs import is_decode
 
 RESIDENT = 128
 """Tapes that are kept at most; the one that was not used for longest goes first."""
@@ -40,19 +41,25 @@ class Tapes:
         replays: whether steps are replayed; not where torch computes a part of them.
     """
 
-    def __init__(self, step: Callable[[Sequence[Batch]], Tensor], held: Callable[[], list[Tensor]]) -> None:
+    def __init__(
+        self,
+        step: Callable[[Sequence[Batch], tuple[int, int]], Tensor],
+        held: Callable[[], list[Tensor]],
+    ) -> None:
         self._step, self._held = step, held
         self._kept: OrderedDict[tuple[int, int], _Kept] = OrderedDict()
         self._memory: list[Tensor] = []
         self.replays = native.lib is not None
 
-    def run(self, halves: Sequence[Batch]) -> Tensor:
-        """What the step returns for a decode step (see `is_decode`). The first one of a shape is recorded.
-        Large ones run as they are, since ranks share their products as it comes, and so do woven ones."""
-        batch = halves[0]
+    def takes(self, halves: Sequence[Batch]) -> bool:
+        """Whether such a step is replayed: large ones run as they are, since ranks share their products as it
+        comes, and so do woven ones."""
+        return self.replays and len(halves) == 1 and halves[0].num_seqs < WORTH and is_decode(halves)
+
+    def run(self, halves: Sequence[Batch], ctas: tuple[int, int]) -> Tensor:
+        """What the step returns for halves that it `takes`. The first one of a shape is recorded."""
+        (batch,) = halves
         rows, blocks = batch.block_table.shape
-        if not self.replays or rows >= WORTH or len(halves) > 1:
-            return self._step(halves)
         key = rows, (blocks - 1).bit_length()
         if (kept := self._kept.get(key)) is None:
             return self._record(key, batch)
@@ -69,7 +76,7 @@ class Tapes:
         _fill(static, batch)
         tape, before = Tape(), self._held()
         with tape.recording():
-            x = self._step([static])
+            x = self._step([static], (0, 0))
         memory = self._held()
         if [*map(id, memory)] != [*map(id, self._memory)]:
             self._kept.clear()  # it has grown: what was recorded on less would keep that, too

@@ -129,7 +129,7 @@ class RecordedSeam:
     """A seam that tells a recorder when it ran, and how long was waited for it."""
 
     def __init__(self, recorder: Recorder, seam: Seam, half: int) -> None:
-        self.name, self.why, self.fused = seam.name, seam.why, seam.fused
+        self.name, self.why, self.fused, self.ctas = seam.name, seam.why, seam.fused, seam.ctas
         self.open, self.gather, self.insert, self.close = seam.open, seam.gather, seam.insert, seam.close
         self._recorder, self._seam, self._half = recorder, seam, half
         self.ran = seam.ran
@@ -139,9 +139,9 @@ class RecordedSeam:
         self._recorder.enter(self._half)
         return self._seam.partial()
 
-    def start(self, joint: Joint, kept: Tensor | None = None) -> None:
+    def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         self._of = self._recorder._at
-        self._seam.start(joint, kept)
+        self._seam.start(joint, kept, ctas)
 
     def finish(self) -> Tensor:
         recorder = self._recorder

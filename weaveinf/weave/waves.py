@@ -106,7 +106,7 @@ class GpuCosts:
         """See `Costs.outside`."""
         return (FITTED["outside_us"] + FITTED["outside_us_per_row"] * rows) / 1e3
 
-    def beside(self, rows: int) -> tuple[float, float]:
+    def beside(self, rows: int, seam_ctas: int) -> tuple[float, float]:
         """See `Costs.beside`."""
         return 1.0, FITTED["beside"]
 

@@ -21,8 +21,8 @@ from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.models.config import ModelConfig
 from weaveinf.ops import native
 from weaveinf.weave import profile
-from weaveinf.weave.graphs import Graphs, is_decode
-from weaveinf.weave.plan import Planner, cuts
+from weaveinf.weave.graphs import Graphs
+from weaveinf.weave.plan import Plan, Planner, cuts, unplanned
 from weaveinf.weave.run import run
 from weaveinf.weave.tapes import Tapes
 from weaveinf.weave.timeline import Recorder, Span
@@ -42,7 +42,7 @@ class Weaver:
 
     Attributes:
         seam: that of the first half, and of steps that run whole.
-        repeated: runs decode steps, all but a kind's first from what was kept of that; None: nothing is kept.
+        repeated: runs steps that it takes, all but a kind's first from what was kept; None: nothing is kept.
         why: why no step is ever woven; "" where steps may be.
         planner: rank 0's, which alone is asked, with weave="auto".
     """
@@ -64,7 +64,8 @@ class Weaver:
             if ranks.size == 1 or self.seam.fused:
                 self.repeated = Tapes(self._run, model.scratch.memory)
         else:
-            self.repeated = Graphs(self._run, model.scratch.memory, self._most, ranks.device)
+            only_decode = self.seam.name == "collective"
+            self.repeated = Graphs(self._run, model.scratch.memory, self._most, only_decode, ranks.device)
         self.why = self._objection(config)
         if not self.why:
             self.seams.append(self._seam())
@@ -85,37 +86,43 @@ class Weaver:
             return "nothing to hide: the ranks share memory"
         return ""
 
-    def run(self, batch: Batch, cut: int) -> Tensor:
-        """The batch's wanted rows, normalised: [logit rows, hidden]. cut: rows of the first half, or 0."""
+    def run(self, batch: Batch, cut: int, ctas: tuple[int, int] = (0, 0)) -> Tensor:
+        """The batch's wanted rows, normalised: [logit rows, hidden]. cut: rows of the first half, or 0; ctas:
+        what its seams are given (`Plan`)."""
         halves: Sequence[Batch] = batch.split(cut) if cut else (batch,)
-        if self.repeated is not None and self.recorder is None and is_decode(halves):
-            return self.repeated.run(halves)
+        if self.repeated is not None and self.recorder is None and self.repeated.takes(halves):
+            return self.repeated.run(halves, ctas)
         if not self._on_cpu:
             halves = [half.to(self._ranks.device) for half in halves]
-        return self._run(halves)
+        return self._run(halves, ctas)
 
-    def _run(self, halves: Sequence[Batch]) -> Tensor:
+    def _run(self, halves: Sequence[Batch], ctas: tuple[int, int]) -> Tensor:
         chain, seams, recorder = self._model.chain, self.seams, self.recorder
         if recorder is not None:
             chain, seams = recorder.chain(chain), recorder.seams(seams)
-        return run(chain, halves, seams, self._ranks.votes)
+        return run(chain, halves, seams, self._ranks.votes, ctas)
 
-    def plan(self, num_computed: NDArray[np.int32], num_query: NDArray[np.int32]) -> tuple[int, str]:
-        """Where to cut a step of these sequences (0: nowhere), and why."""
+    def plan(self, num_computed: NDArray[np.int32], num_query: NDArray[np.int32]) -> Plan:
+        """How a step of these sequences is to run; without a planner it predicts nothing."""
         if self.why:
-            return 0, self.why
+            return unplanned(0, self.why)
         rows = int(num_query.sum())
+        if isinstance(self.repeated, Graphs):
+            rows = self.repeated.planned(rows)
         if self.planner is None:  # weave="on"
             legal = cuts(rows, 1)
-            return (legal[len(legal) // 2], "weave is on") if legal else (0, "too small to cut")
+            return (
+                unplanned(legal[len(legal) // 2], "weave is on")
+                if legal
+                else unplanned(0, "too small to cut")
+            )
         before = np.cumsum(num_query) - num_query
         in_first = np.clip(rows // 2 - before, 0, num_query).astype(np.float64)
 
         def work(count: NDArray[Any]) -> float:
             return float((count * (num_computed + (count + 1) / 2)).sum())
 
-        plan = self.planner.plan(rows, work(num_query.astype(np.float64)), work(in_first))
-        return plan.cut, plan.why
+        return self.planner.plan(rows, work(num_query.astype(np.float64)), work(in_first))
 
     def close(self) -> None:
         """Closes the seams; waits for nobody."""
@@ -133,7 +140,8 @@ class Weaver:
         kept = profile.load(self._key(), now) if ranks.rank == 0 else None
         if ranks.agree("kept" if kept is not None else "")[0]:
             return kept
-        found = profile.measure(self._spans, self._config.num_layers, self._most, self._tokens)
+        layers, ctas = self._config.num_layers, self.seam.ctas
+        found = profile.measure(self._spans, layers, self._most, self._tokens, ctas)
         if ranks.rank == 0:
             profile.save(self._key(), found, now)
         return found
@@ -182,13 +190,13 @@ class Weaver:
             logit_rows=torch.tensor([rows - 1]),
         )
 
-    def rehearse(self, rows: int, context: int, cut: int) -> Recorder:
+    def rehearse(self, rows: int, context: int, cut: int, ctas: tuple[int, int] = (0, 0)) -> Recorder:
         """Runs and records a step of such tokens."""
         self.recorder = recorder = Recorder(self._ranks.device)
         recorder.begin(0)
-        self.run(self.rehearsal(rows, context), cut)
+        self.run(self.rehearsal(rows, context), cut, ctas)
         self.recorder = None
         return recorder
 
-    def _spans(self, rows: int, context: int, cut: int) -> list[Span]:
-        return self.rehearse(rows, context, cut).read()[0]
+    def _spans(self, rows: int, context: int, cut: int, seam_ctas: int) -> list[Span]:
+        return self.rehearse(rows, context, cut, (seam_ctas, seam_ctas)).read()[0]
