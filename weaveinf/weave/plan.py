@@ -183,19 +183,12 @@ class Planner:
         costs = self._costs
         whole = predict(costs, [Half(rows, context)], (0, 0))
         best, cut, ctas = math.inf, 0, (0, 0)
-
-        def consider(at: int, units: tuple[int, int]) -> None:
-            nonlocal best, cut, ctas
-            woven = predict(costs, split(rows, context, share, at), units)
-            if woven < best:
-                best, cut, ctas = woven, at, units
-
         for at in cuts(rows, costs.row_block):
-            for units in costs.seam_ctas:
-                consider(at, (units, units))
-        if cut and len(costs.seam_ctas) > 1:  # the best cut hardly moves with what each stage is given
+            halves = split(rows, context, share, at)
             for attention, mlp in product(costs.seam_ctas, repeat=2):
-                consider(cut, (attention, mlp))
+                woven = predict(costs, halves, (attention, mlp))
+                if woven < best:
+                    best, cut, ctas = woven, at, (attention, mlp)
         if not cut:
             return Plan(0, (0, 0), whole, whole, "too small to cut")
         if best > GAIN * whole:
