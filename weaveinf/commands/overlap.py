@@ -7,6 +7,7 @@ turns, so that a slow minute of the machine touches all variants alike.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     ranks = Ranks.join(rank, size, store, config.torch_device, LOADING_S)
     try:
         bench = Overlap(Worker(config, ranks))
+        gc.freeze()  # as in every engine
         cells = [bench.cell(tokens, args.pairs) for tokens in args.tokens]
         decode = [bench.decode(rows, args.tokens[0], args.pairs) for rows in args.decode]
         spans = timeline.collect(bench.recorded(args.tokens[-1]), ranks) if trace else {}
