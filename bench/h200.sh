@@ -22,16 +22,21 @@ step() {  # name, seconds at most, command
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-step build 60 "$python" setup.py -q build_ext --inplace
-step doctor 30 "$python" -m weaveinf doctor
-step tests 210 "$python" -m pytest tests/gpu -q --maxfail=20 --durations=10 -p no:cacheprovider
-step seam 90 "$python" bench/seam.py --json "$out/$name-seam.json"
-step latency 50 "$python" -m weaveinf bench latency weaveinf/assets/demo --batch 8 --json "$out/$name-latency.json"
+step build 40 "$python" setup.py -q build_ext --inplace
+step doctor 20 "$python" -m weaveinf doctor
+step tests 180 "$python" -m pytest tests/gpu -q --maxfail=20 --durations=10 -p no:cacheprovider
+step seam 60 "$python" bench/seam.py --json "$out/$name-seam.json"
+emulated=("$python" -m weaveinf bench overlap --emulate 8 --pairs 5)
+step llama-70b 75 "${emulated[@]}" bench/shapes/llama-70b --tokens 256 512 1024 2048 4096 8192 16384 32768 65536 \
+    --json "$out/$name-llama-70b.json"
+step mixtral 45 "${emulated[@]}" bench/shapes/mixtral-8x22b --tokens 1024 2048 4096 8192 16384 \
+    --json "$out/$name-mixtral.json"
+step latency 40 "$python" -m weaveinf bench latency weaveinf/assets/demo --batch 8 --json "$out/$name-latency.json"
 if command -v compute-sanitizer >/dev/null && compute-sanitizer "$python" -c "import torch; torch.ones(1).cuda()" >/dev/null
 then
     small=("$python" -m pytest tests/gpu/test_seam.py -q -p no:cacheprovider)
-    step memcheck 60 compute-sanitizer --error-exitcode 9 "${small[@]}" -k "float64 and (512 or 77) or eight"
-    step racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 "${small[@]}" -k "float64 and 77"
+    step memcheck 45 compute-sanitizer --error-exitcode 9 "${small[@]}" -k "float64 and (512 or 77) or eight"
+    step racecheck 30 compute-sanitizer --tool racecheck --error-exitcode 9 "${small[@]}" -k "float64 and 77"
 else
     echo "== compute-sanitizer is not to be had here"
 fi

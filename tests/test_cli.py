@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.models.harness import make_checkpoint
 from weaveinf.cli import main, parser
+from weaveinf.commands import doctor
 
 DEMO = str(Path(__file__).parents[1] / "weaveinf" / "assets" / "demo")
 ENGINE = {
@@ -37,7 +39,8 @@ SURFACE = {
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE
     | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--trace", "--json"},
-    "bench overlap": ENGINE | {"--load-format", "--tokens", "--decode", "--pairs", "--trace", "--json"},
+    "bench overlap": ENGINE
+    | {"--load-format", "--tokens", "--decode", "--emulate", "--pairs", "--trace", "--json"},
     "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
     "doctor": {"--tp", "--json"},
 }
@@ -107,6 +110,25 @@ def test_bench_latency_writes_what_it_measured(tmp_path: Path) -> None:
     for name in ("prefill_ms", "decode_ms", "machine_gb_per_s", "machine_gflops"):
         assert result[name] > 0
     assert "GB/s" in done.stdout and "GFLOP/s" in done.stdout and "tokens/s" in done.stdout
+
+
+def test_doctor_refuses_an_nccl_of_another_cuda(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = {"nvidia-nccl-cu12": "2.27.3", "nvidia-nccl-cu13": "2.28.9"}
+    monkeypatch.setattr(doctor, "_hardware", lambda: {"nccl": doctor._nccl()})
+    monkeypatch.setattr(doctor, "_version", lambda package: installed.get(package, ""))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    with pytest.raises(SystemExit) as end:
+        main(["doctor"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "2.27.3 (nvidia-nccl-cu13)" in said.out
+    assert "pip uninstall nvidia-nccl-cu12" in said.err and "reinstall --no-deps nvidia-nccl-cu13" in said.err
+    del installed["nvidia-nccl-cu12"]
+    with pytest.raises(SystemExit) as end:
+        main(["doctor"])
+    assert end.value.code == 0
 
 
 def test_doctor_names_the_kernels_and_the_seam() -> None:

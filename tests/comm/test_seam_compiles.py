@@ -39,14 +39,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(architecture: str, defines: dict[str, Any]) -> bytes:
-    """seam.cu as NVRTC makes it; what it has to say is an error."""
+def compiled(architecture: str, defines: dict[str, Any], name: str = "seam.cu") -> bytes:
+    """A file as NVRTC makes it; what it has to say is an error."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     header = (SOURCES / "ptx.cuh").read_bytes()
     LIBRARY.nvrtcCreateProgram(
         ctypes.byref(program),
-        (SOURCES / "seam.cu").read_bytes(),
-        b"seam.cu",
+        (SOURCES / name).read_bytes(),
+        name.encode(),
         1,
         (ctypes.c_char_p * 1)(header),
         (ctypes.c_char_p * 1)(b"ptx.cuh"),
@@ -96,3 +96,12 @@ def test_no_spills_and_the_switch_s_instructions(architecture: str, tmp_path: Pa
         wide = re.findall(r"LDGMC\.\S*" if multimem else r"LDG\.E\.NA\.128", code)
         assert len(wide) >= (1 if multimem else ranks if ranks < 4 else 4), defines
         assert re.search(r"STG\.E\.(64|128)", code), defines
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_what_holds_units_leaves_no_room_for_a_product(architecture: str, tmp_path: Path) -> None:
+    """A product's block on Hopper takes nearly all shared memory of its SM: 44 KiB less are too few."""
+    cubin = compiled(architecture, {}, "pace.cu")
+    usage = dict(re.findall(r"(SHARED|STACK|LOCAL):(\d+)", dump("-res-usage", cubin, tmp_path)))
+    assert int(usage["SHARED"]) >= 44 * 1024 and usage["LOCAL"] == usage["STACK"] == "0"
+    assert "globaltimer" in dump("-sass", cubin, tmp_path).lower()

@@ -80,12 +80,11 @@ def on_threads(
         return Memory(buffers, MULTICAST if multimem else 0)
 
     def build(kind: str, ranks: Ranks, dtype: torch.dtype, max_rows: int = 350) -> SymmetricSeam:
-        seam = SymmetricSeam(ranks, max_rows, HIDDEN, dtype)
+        seam = SymmetricSeam(ranks, max_rows, HIDDEN, dtype, allocate)
         ranks.agree("made")
         return seam
 
     with (
-        mock.patch.object(symmetric, "allocate", allocate),
         mock.patch.object(symmetric, "ALONE", 2),
         mock.patch.object(SymmetricSeam, "ctas", (0, 1)),
         mock.patch.object(test_seams, "MAX_ROWS", 350),

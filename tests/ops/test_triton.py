@@ -59,6 +59,9 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
         "_write_kv": 1,
         "_silu_mul": 5,
         "_experts": 8,
+        "_arrive": 8,
+        "_await": 8,
+        "_share": 4,
     }
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.comm.cuda import world
+from tests.comm.cuda.world import World
 from weaveinf.ops.activation import silu_mul_reference
 from weaveinf.ops.attention import paged_attention_reference
 from weaveinf.ops.moe import moe_reference, route
@@ -186,6 +188,42 @@ def check_moe(
         torch.testing.assert_close(got.to(dtype), want, atol=tolerance, rtol=tolerance)
 
 
+def check_seam(device: str, dtype: torch.dtype, ranks: int, rows: int, hidden: int) -> None:
+    """All ranks here, their rows in fewer programs than there are; who is missed is named."""
+    from weaveinf.comm.triton_seam import TritonSeam
+
+    sizes = dtype, hidden, ranks, rows, 2
+    kernel = TritonSeam(dtype, hidden, ranks, torch.device(device))
+    world.check_sums(World(kernel, sizes, device))
+    if ranks > 1:
+        kernel = TritonSeam(dtype, hidden, ranks, torch.device(device))
+        world.check_a_rank_is_missing(World(kernel, sizes, device))
+
+
+def check_seam_keeps(device: str, dtype: torch.dtype, ranks: int, rows: int, kept_rows: int) -> None:
+    """The residual of kept rows comes from the ranks in whose shares they were."""
+    from weaveinf.comm.triton_seam import TritonSeam
+
+    torch.manual_seed(3)
+    one = World(TritonSeam(dtype, 48, ranks, torch.device(device)), (dtype, 48, ranks, rows, 3), device)
+    weight = 1 + one.draw(48)
+    first = [one.draw(rows, 48) for _ in range(ranks)]
+    one.run(first, weight, fresh=True)
+    kept = torch.randperm(rows, device=device)[:kept_rows].sort().values
+    call = one.call
+    call.residual_at, call.old_residual_at = call.old_residual_at, call.residual_at
+    call.old_rows, call.kept = rows, kept.data_ptr()
+    one.rows = kept_rows
+    second = [one.draw(kept_rows, 48) for _ in range(ranks)]
+    xs = one.run(second, weight, fresh=False)
+    residual = torch.zeros(kept_rows, 48, dtype=dtype, device=device)
+    want = torch.empty_like(residual)
+    for parts in ([part[kept] for part in first], second):
+        add_rms_norm_reference(parts, residual, weight, 1e-5, 0.5, 0.75, want)
+    for x in xs:
+        close(x, want)
+
+
 CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "rms_norm": (check_rms_norm, {}),
     "add_rms_norm": (check_add_rms_norm, {}),
@@ -197,6 +235,12 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "experts: one row": (check_moe, {"rows": 1, "experts": 16, "top_k": 4, "used": 15}),
     "experts: one for all rows": (check_moe, {"rows": 70, "experts": 3, "top_k": 1, "used": 1}),
     "experts: many rows": (check_moe, {"rows": 150, "experts": 4, "top_k": 3}),
+    "seam: one rank": (check_seam, {"ranks": 1, "rows": 5, "hidden": 40}),
+    "seam: two ranks": (check_seam, {"ranks": 2, "rows": 7, "hidden": 33}),
+    "seam: five ranks, one row": (check_seam, {"ranks": 5, "rows": 1, "hidden": 64}),
+    "seam: eight ranks": (check_seam, {"ranks": 8, "rows": 37, "hidden": 16}),
+    "seam: kept rows": (check_seam_keeps, {"ranks": 3, "rows": 20, "kept_rows": 8}),
+    "seam: few kept rows of few": (check_seam_keeps, {"ranks": 4, "rows": 3, "kept_rows": 1}),
     "attention: one head a group": (check_attention, {"group": 1}),
     "attention: groups of 3": (check_attention, {"group": 3}),
     "attention: groups of 7": (check_attention, {"group": 7}),

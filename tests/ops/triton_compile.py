@@ -16,6 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from weaveinf.comm.symmetric import Call
+from weaveinf.comm.triton_seam import TritonSeam
 from weaveinf.ops import triton_attention, triton_elementwise, triton_moe
 
 
@@ -83,6 +85,19 @@ def experts(dtype: torch.dtype, rows: int) -> None:
     triton_moe.moe(torch.zeros(rows, hidden, dtype=dtype), weights, weights, inner, torch.ones(rows, 2), ids)
 
 
+def seam(dtype: torch.dtype, ranks: int) -> None:
+    """Rank 1's, as Llama-3-70B would call it; then with rows that were dropped."""
+    call = Call(
+        rank=1, rows=1000, old_rows=3000, patience_ns=10**9, weight=1 << 40, failed=1 << 41, said=1 << 42
+    )
+    call.buffers[:] = [(5 + rank) << 40 for rank in range(8)]
+    call.epochs[:] = call.buffers[:]
+    kernel = TritonSeam(dtype, 8192, ranks, torch.device("cpu"))
+    kernel(call, 8)
+    call.kept = 1 << 43
+    kernel(call, 16)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     compile_instead_of_launching()
@@ -93,3 +108,5 @@ if __name__ == "__main__":
     for rows in (4, 100, 1000):
         experts(torch.bfloat16, rows)
     experts(torch.float32, 100)
+    for dtype in (torch.bfloat16, torch.float32):
+        seam(dtype, 8)

@@ -31,7 +31,10 @@ def make_seam(ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> S
     if not why and on_gpus:
         seam, said = None, ""
         try:
-            seam = SymmetricSeam(ranks, max_rows, hidden, dtype)
+            lacks = _first(ranks.agree(cuda.objection()))
+            seam = SymmetricSeam(ranks, max_rows, hidden, dtype, compiled=not lacks)
+            if lacks:
+                seam.why += f", in Triton: {lacks}"
         except Exception as error:  # torch's or the compiler's
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         why = _first(ranks.agree(said))
@@ -68,7 +71,7 @@ def _gpu_objection(ranks: Ranks, hidden: int, dtype: torch.dtype) -> str:
             return f"shares its GPU with rank {rank}"
         if rank != ranks.rank and not torch.cuda.can_device_access_peer(own, device):
             return f"GPU {own} does not reach GPU {device}"
-    return cuda.objection()
+    return ""
 
 
 def _objection(ranks: Ranks, dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ compiled for GPUs, but run on threads of a CPU only (tests/comm/test_symmetric.p
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -115,14 +116,22 @@ def allocate(ranks: Ranks, nbytes: int) -> Memory:
 class SymmetricSeam:
     """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`.
 
-    Every rank makes it; all meet (`Ranks.agree`) before the first start, so that all pads are zero. What
-    `allocate` raises, or the compiler.
+    Every rank makes it; all meet (`Ranks.agree`) before the first start, so that all pads are zero. compiled:
+    whether seam.cu runs, or on all ranks its peer in Triton. Raises what `allocate` does, or the compiler.
     """
 
     fused = True
     ctas = (0, 2, 4, 8)
 
-    def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        max_rows: int,
+        hidden: int,
+        dtype: torch.dtype,
+        allocate: Callable[[Ranks, int], Memory] = allocate,
+        compiled: bool = True,
+    ) -> None:
         self._ranks, self._hidden, self._dtype = ranks, hidden, dtype
         self._max_rows = max_rows
         row = hidden * dtype.itemsize
@@ -140,9 +149,16 @@ class SymmetricSeam:
             self._at[name] = size
             size += -(-nbytes // 256) * 256
         self._memory = memory = allocate(ranks, size)
-        self.name = "multimem" if memory.multicast else "peer"
-        self.why = "the switch sums" if memory.multicast else "the ranks map each other's memory"
-        self._kernel = kernel(dtype, hidden, ranks.size, memory.multicast != 0)
+        switch = compiled and memory.multicast != 0
+        self.name = "multimem" if switch else "peer"
+        self.why = "the switch sums" if switch else "the ranks map each other's memory"
+        self._kernel: Callable[[Call, int], None]
+        if compiled:
+            self._kernel = kernel(dtype, hidden, ranks.size, switch)
+        else:
+            from weaveinf.comm.triton_seam import TritonSeam
+
+            self._kernel = TritonSeam(dtype, hidden, ranks.size, ranks.device)
         # Of this rank alone: the meetings of every block, and who did not come.
         self._counts = torch.zeros(ALONE + 1, dtype=torch.int32, device=ranks.device)
         self._call = self._constants()

@@ -39,15 +39,14 @@ def run(args: argparse.Namespace) -> None:
         for name, value in rows.items():
             print(f"{name:{width}}  {value}")
     write_json(args.json, rows)
+    if objection := _nccl_objection():
+        raise ValueError(objection)
 
 
 def _software() -> dict[str, Any]:
     rows = {"weaveinf": __version__, "python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            rows[package] = version(package)
-        except PackageNotFoundError:
-            rows[package] = "not installed"
+        rows[package] = _version(package) or "not installed"
     return rows
 
 
@@ -60,6 +59,7 @@ def _hardware() -> dict[str, Any]:
         "memory": f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
         "/dev/shm": _shared_memory(),
         "gpus": _gpus(),
+        "nccl": _nccl(),
     }
     for dtype in (torch.float32, torch.bfloat16):
         machine = Machine.measure(dtype)
@@ -67,6 +67,35 @@ def _hardware() -> dict[str, Any]:
         rows[f"{name} product"] = f"{machine.gflops:.0f} GFLOP/s with {torch.get_num_threads()} threads"
     rows["memory read"] = f"{machine.gb_per_s:.1f} GB/s"
     return rows
+
+
+def _nccl() -> str:
+    """Which one is loaded, and from where."""
+    if torch.version.cuda is None:
+        return "not needed: this torch has no CUDA"
+    package = f"nvidia-nccl-cu{torch.version.cuda.split('.')[0]}"
+    loaded = ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{loaded} ({package if _version(package) else 'not of a package'})"
+
+
+def _nccl_objection() -> str:
+    """Both builds of NCCL lie in one place: what was installed last is loaded, whatever torch wants."""
+    if torch.version.cuda is None:
+        return ""
+    major = torch.version.cuda.split(".")[0]
+    other = f"nvidia-nccl-cu{'12' if major == '13' else '13'}"
+    if not (found := _version(other)):
+        return ""
+    remedy = f"pip uninstall {other}; pip install --force-reinstall --no-deps nvidia-nccl-cu{major}"
+    return f"{other} {found} is installed, but torch is built for CUDA {major}: {remedy}"
+
+
+def _version(package: str) -> str:
+    """Of an installed package, or nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _choices(size: int) -> dict[str, Any]:
@@ -77,11 +106,9 @@ def _choices(size: int) -> dict[str, Any]:
     if size == 1:
         seam = "local: one rank has nothing to sum"
     elif torch.cuda.is_available():
-        seam = f"collective over NCCL: {cuda.objection()}"
-        if not cuda.objection():
-            seam = (
-                "multimem where a switch joins the GPUs, else peer if they map each other's memory, else NCCL"
-            )
+        seam = "multimem where a switch joins the GPUs, else peer if they map each other's memory, else NCCL"
+        if objection := cuda.objection():
+            seam = f"peer, in Triton, if the GPUs map each other's memory, else NCCL: {objection}"
     elif reason := segment.reason or native.reason:
         seam = f"collective over TCP: {reason}"
     elif size > segment.MAX_RANKS:

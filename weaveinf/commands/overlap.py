@@ -31,6 +31,7 @@ from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.comm.waits import wait_for
+from weaveinf.commands import emulate
 from weaveinf.commands.report import write_json
 from weaveinf.config import EngineConfig
 from weaveinf.engine.worker import Worker
@@ -45,6 +46,8 @@ Links = list[tuple[Block, Joint]]
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.emulate:
+        return emulate.run(args)
     if "RANK" not in os.environ:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         os.execv(sys.executable, [*start, str(args.tp or 2), "-m", "weaveinf", *sys.argv[1:]])
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     ranks = Ranks.join(rank, size, store, config.torch_device, LOADING_S)
     try:
         bench = Overlap(Worker(config, ranks))
-        gc.freeze()  # as in every engine
+        gc.freeze()  # as ranks do that follow
         cells = [bench.cell(tokens, args.pairs) for tokens in args.tokens]
         decode = [bench.decode(rows, args.tokens[0], args.pairs) for rows in args.decode]
         spans = timeline.collect(bench.recorded(args.tokens[-1]), ranks) if trace else {}

@@ -23,6 +23,7 @@ from weaveinf.ops import native
 from weaveinf.weave import profile
 from weaveinf.weave.graphs import Graphs
 from weaveinf.weave.plan import Plan, Planner, cuts, unplanned
+from weaveinf.weave.rehearsal import rehearsal
 from weaveinf.weave.run import run
 from weaveinf.weave.tapes import Tapes
 from weaveinf.weave.timeline import Recorder, Span
@@ -171,24 +172,8 @@ class Weaver:
         }
 
     def rehearsal(self, rows: int, context: int, decode: bool = False) -> Batch:
-        """Made-up tokens behind `context` cached ones, of few long sequences or of one each (decode); the
-        cache holds whatever it holds."""
-        longest = 1 if decode else self._tokens - context
-        lengths = [min(longest, rows - first) for first in range(0, rows, longest)]
-        pages = torch.arange(-(-self._tokens // PAGE_SIZE), dtype=torch.int32)
-        positions = (context + torch.cat([torch.arange(n) for n in lengths])).int()
-        seq_lens = context + torch.tensor(lengths, dtype=torch.int32)
-        return Batch(
-            input_ids=torch.arange(rows) * 7919 % self._config.vocab_size,
-            positions=positions,
-            slot_mapping=positions,  # the pages are in order
-            cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0).int(),
-            seq_lens=seq_lens,
-            num_prompt_tokens=seq_lens,
-            block_table=pages.expand(len(lengths), -1).contiguous(),
-            state_slot=torch.arange(len(lengths), dtype=torch.int32),
-            logit_rows=torch.tensor([rows - 1]),
-        )
+        """Made-up rows for this cache."""
+        return rehearsal(rows, context, self._tokens, self._config.vocab_size, decode)
 
     def rehearse(self, rows: int, context: int, cut: int, ctas: tuple[int, int] = (0, 0)) -> Recorder:
         """Runs and records a step of such tokens."""

@@ -29,7 +29,7 @@ class World:
         self.out_dtype = torch.float8_e4m3fn if fp8 else self.dtype
         row = self.hidden * self.dtype.itemsize
         self.at = {"partial": 0, "x": self.rows * row, "residual": 2 * self.rows * row}
-        self.at["scales"] = 3 * self.rows * row
+        self.at |= {"old_residual": 3 * self.rows * row, "scales": 4 * self.rows * row}
         self.at["pads"] = -(-(self.at["scales"] + 4 * self.rows) // 256) * 256
         size = (self.size, self.at["pads"] + MOST_BLOCKS * 32)
         self.buffers = torch.full(size, 0xFF, dtype=torch.uint8, device=device)

@@ -1,0 +1,178 @@
+"""csrc/cuda/seam.cu's peer policy in Triton, for where cupy is missing: the same call, in the same memory.
+
+A launch of seam.cu is five here, since programs of one Triton launch cannot meet: all ranks meet, each sums,
+normalises and spreads its rows, all meet again. So it costs more with few rows. Wider than multimem can be:
+any device whose ranks map each other's memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from weaveinf.comm.symmetric import Call
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _arrive(pads, epochs, failed, rank, RANKS: tl.constexpr):
+    """Tells every rank that this one has come once more, unless somebody was missed. One program.
+
+    pads: addresses of the ranks' pads, a word for each rank.
+    """
+    words = tl.pointer_type(tl.int32)
+    if tl.load(failed.to(words)) == 0:
+        own = epochs.to(words)
+        epoch = tl.load(own) + 1
+        tl.store(own, epoch)
+        for peer in tl.static_range(RANKS):
+            tl.atomic_xchg(tl.load(pads + peer).to(words) + rank, epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def _await(pads, epochs, failed, said, patience_ns, rank, RANKS: tl.constexpr, CLOCK: tl.constexpr):
+    """Until all have come as often, or somebody is missed: then `failed` and `said` get 1 + that rank. One
+    program. Without a CLOCK (in Triton's interpreter) it looks once."""
+    words = tl.pointer_type(tl.int32)
+    if tl.load(failed.to(words)) == 0:
+        epoch = tl.load(epochs.to(words))
+        mine = tl.load(pads + rank).to(words)
+        for peer in tl.static_range(RANKS):
+            left = epoch - tl.atomic_add(mine + peer, 0, sem="acquire", scope="sys")
+            if CLOCK:
+                began = tl.extra.cuda.globaltimer()
+                while (
+                    (left > 0)
+                    & (tl.extra.cuda.globaltimer() - began < patience_ns)
+                    & (tl.load(said.to(words) + 1, volatile=True) == 0)
+                ):
+                    left = epoch - tl.atomic_add(mine + peer, 0, sem="acquire", scope="sys")
+            if left > 0:
+                tl.store(failed.to(words), 1 + peer)
+                tl.store(said.to(words), 1 + peer)
+
+
+@triton.jit
+def _share(
+    buffers,
+    failed,
+    weight,
+    kept,
+    partial_at,
+    x_at,
+    residual_at,
+    old_residual_at,
+    rank,
+    rows,
+    old_rows,
+    per_program,
+    eps,
+    offset,
+    scale,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANKS: tl.constexpr,
+    FRESH: tl.constexpr,
+    KEPT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+):
+    """This rank's rows: the sum over the ranks plus the residual, its norm to every rank. Grid: (programs,).
+
+    buffers: addresses of the ranks' memory; *_at: bytes in it.
+    """
+    elements = tl.pointer_type(ELEMENT)
+    each, extra = rows // RANKS, rows % RANKS
+    first = rank * each + tl.minimum(rank, extra)
+    count = each + (rank < extra).to(tl.int32)
+    i = tl.arange(0, BLOCK)
+    inside = i < HIDDEN
+    w = tl.load(weight.to(elements) + i, mask=inside, other=0.0).to(tl.float32) + offset
+    own = tl.load(buffers + rank)
+    for turn in range(per_program):
+        row = (turn * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        if (row < count) & (tl.load(failed.to(tl.pointer_type(tl.int32))) == 0):
+            total = tl.zeros([BLOCK], tl.float32)
+            for peer in tl.static_range(RANKS):
+                part = (tl.load(buffers + peer) + partial_at).to(elements) + (first + row) * HIDDEN + i
+                total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
+            f = scale * total
+            at = (own + residual_at).to(elements) + row * HIDDEN + i
+            if not FRESH:
+                old = at
+                if KEPT:
+                    place = tl.load(kept.to(tl.pointer_type(tl.int64)) + first + row)
+                    old_each, old_extra = old_rows // RANKS, old_rows % RANKS
+                    border = old_extra * (old_each + 1)
+                    many, few = (
+                        place // (old_each + 1),
+                        old_extra + (place - border) // tl.maximum(old_each, 1),
+                    )
+                    owner = tl.where(place < border, many, few)
+                    place -= owner * old_each + tl.minimum(owner, old_extra)
+                    old = (tl.load(buffers + owner) + old_residual_at).to(elements) + place * HIDDEN + i
+                f += tl.load(old, mask=inside, other=0.0).to(tl.float32)
+            rounded = f.to(ELEMENT)
+            tl.store(at, rounded, mask=inside)
+            f = rounded.to(tl.float32)
+            f = f * tl.rsqrt(tl.sum(f * f) / HIDDEN + eps) * w
+            for peer in tl.static_range(RANKS):
+                out = (tl.load(buffers + peer) + x_at).to(elements) + (first + row) * HIDDEN + i
+                tl.store(out, f.to(ELEMENT), mask=inside)
+
+
+class TritonSeam:
+    """Has the place of seam.cu's `Kernel`, for these sizes."""
+
+    def __init__(self, dtype: torch.dtype, hidden: int, ranks: int, device: torch.device) -> None:
+        self._element, self._hidden, self._size, self._device = _TYPES[dtype], hidden, ranks, device
+        self._addresses: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, call: Call, blocks: int, rows: int = 1) -> None:
+        """rows: ranks that run here, from `call.rank` on, each a step of all at a time."""
+        here, size = range(call.rank, call.rank + rows), self._size
+        if self._addresses is None:
+            at = torch.tensor(list(call.buffers)[:size], dtype=torch.int64)
+            self._addresses = at.to(self._device), (at + call.pads_at).to(self._device)
+        buffers, pads = self._addresses
+        clock = isinstance(_await, triton.runtime.JITFunction)  # or it is interpreted
+        met = call.failed, call.said, call.patience_ns
+        for stage in ("meet", "share", "meet"):
+            if stage == "meet":
+                for rank in here:
+                    _arrive[(1,)](pads, call.epochs[rank], call.failed, rank, RANKS=size, num_warps=1)
+                for rank in here:
+                    _await[(1,)](pads, call.epochs[rank], *met, rank, RANKS=size, CLOCK=clock, num_warps=1)
+                continue
+            for rank in here:
+                self._share(call, buffers, rank, blocks)
+
+    def _share(self, call: Call, buffers: torch.Tensor, rank: int, blocks: int) -> None:
+        if not call.rows:
+            return
+        block = triton.next_power_of_2(self._hidden)
+        _share[(blocks,)](
+            buffers,
+            call.failed,
+            call.weight,
+            call.kept or 0,
+            call.partial_at,
+            call.x_at,
+            call.residual_at,
+            call.old_residual_at,
+            rank,
+            call.rows,
+            call.old_rows,
+            triton.cdiv(triton.cdiv(call.rows, self._size), blocks),
+            call.eps,
+            call.offset,
+            call.scale,
+            HIDDEN=self._hidden,
+            BLOCK=block,
+            RANKS=self._size,
+            FRESH=bool(call.fresh),
+            KEPT=call.kept is not None,
+            ELEMENT=self._element,
+            num_warps=8 if block >= 2048 else 4,
+        )
