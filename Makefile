@@ -49,5 +49,5 @@ $(READY): pyproject.toml setup.py requirements.lock Makefile $(wildcard csrc/cpu
 
 # The tests compile csrc/cuda for GPUs that need not be here. Where it cannot be had, they skip.
 $(NVRTC): $(READY)
-	-$(PIP) nvidia-cuda-nvrtc==13.5.37
+	-$(PIP) nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-nvcc==13.5.37
 	touch $(NVRTC)

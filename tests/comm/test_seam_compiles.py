@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from importlib.util import find_spec
 from itertools import product
@@ -25,11 +26,15 @@ SIZES = {
 }
 
 
+def packaged(pattern: str) -> list[Path]:
+    """Files of NVIDIA's Python packages."""
+    spec = find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return [path for folder in folders for path in sorted(Path(folder).glob(f"cu*/{pattern}"))]
+
+
 def nvrtc() -> Any:
-    for folder in (spec.submodule_search_locations or [] for spec in [find_spec("nvidia")] if spec):
-        for path in Path(next(iter(folder))).glob("cu*/lib/libnvrtc.so.*"):
-            return ctypes.CDLL(str(path))
-    return None
+    return next((ctypes.CDLL(str(path)) for path in packaged("lib/libnvrtc.so.*")), None)
 
 
 LIBRARY = nvrtc()
@@ -64,6 +69,17 @@ def compiled(architecture: str, defines: dict[str, Any], name: str = "seam.cu") 
     return cubin.raw
 
 
+def by_nvcc(architecture: str, defines: dict[str, Any], home: Path) -> bytes:
+    """The same by CUDA's own compiler, of a package or the machine's."""
+    own = next((path for path in packaged("bin/nvcc")), shutil.which("nvcc"))
+    if own is None:
+        pytest.skip("needs nvcc (nvidia-cuda-nvcc)")
+    words = [f"-arch={architecture}", "-std=c++17", "-cubin", f"-I{SOURCES}", "-Werror", "all-warnings"]
+    words += [f"-D{key}={value}" for key, value in defines.items()]
+    subprocess.run([own, *words, "-o", home / "nvcc.cubin", SOURCES / "seam.cu"], check=True)
+    return (home / "nvcc.cubin").read_bytes()
+
+
 def dump(what: str, cubin: bytes, home: Path) -> str:
     assert TRITON is not None and TRITON.origin is not None
     tool = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -82,20 +98,30 @@ def cases() -> list[tuple[torch.dtype, int, int, bool, bool]]:
     return [*found, (torch.bfloat16, 8192, 1, False, False), (torch.bfloat16, 8192, 8, True, True)]
 
 
+def look(cubin: bytes, case: tuple[torch.dtype, int, int, bool, bool], home: Path) -> None:
+    """No spills, no more registers than there are for its threads, wide accesses, the switch's sums."""
+    element, hidden, ranks, multimem, _ = case
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage", cubin, home)))
+    assert usage["LOCAL"] == usage["STACK"] == "0", (case, usage)
+    threads = symmetric.threads(hidden, element)
+    assert int(usage["REG"]) <= min(255, 65536 // threads // 8 * 8), (case, usage)
+    code = dump("-sass", cubin, home)
+    assert ("LDGMC" in code) == multimem, case
+    wide = re.findall(r"LDGMC\.\S*" if multimem else r"LDG\.E\.NA\.128", code)
+    assert len(wide) >= (1 if multimem else ranks if ranks < 4 else 4), case
+    assert re.search(r"STG\.E\.(64|128)", code), case
+
+
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 def test_no_spills_and_the_switch_s_instructions(architecture: str, tmp_path: Path) -> None:
-    for element, hidden, ranks, multimem, fp8 in cases():
-        defines = symmetric.defines(element, hidden, ranks, multimem, fp8)
-        cubin = compiled(architecture, defines)
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage", cubin, tmp_path)))
-        threads = symmetric.threads(hidden, element)
-        assert usage["LOCAL"] == usage["STACK"] == "0", (defines, usage)
-        assert int(usage["REG"]) <= min(255, 65536 // threads // 8 * 8), (defines, usage)
-        code = dump("-sass", cubin, tmp_path)
-        assert ("LDGMC" in code) == multimem, defines
-        wide = re.findall(r"LDGMC\.\S*" if multimem else r"LDG\.E\.NA\.128", code)
-        assert len(wide) >= (1 if multimem else ranks if ranks < 4 else 4), defines
-        assert re.search(r"STG\.E\.(64|128)", code), defines
+    for case in cases():
+        look(compiled(architecture, symmetric.defines(*case)), case, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
+def test_nvcc_compiles_the_same(architecture: str, tmp_path: Path) -> None:
+    for case in cases()[::3]:
+        look(by_nvcc(architecture, symmetric.defines(*case), tmp_path), case, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
