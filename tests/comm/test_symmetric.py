@@ -202,3 +202,18 @@ def test_many_launches_one_after_another(build: Build) -> None:
 def test_a_missing_rank_is_named_and_nobody_goes_on(build: Build) -> None:
     sizes = torch.bfloat16, 264, 5, 6, 1
     world.check_a_rank_is_missing(World(Grid(build(*sizes[:3])), sizes, "cpu"))
+
+
+def known_to_torch(ranks: Ranks) -> None:
+    seam = test_seams.build("peer", ranks, torch.float32)
+    call = symmetric.Call.from_buffer_copy(seam._call)
+    call.rows, call.weight = 0, torch.ones(HIDDEN).data_ptr()
+    packed = torch.frombuffer(call, dtype=torch.uint8)
+    arguments = seam._memory.buffers[ranks.rank], packed, 1, seam._number
+    torch.library.opcheck(torch.ops.weaveinf.seam.default, arguments)
+    seam.close()
+
+
+def test_the_launch_is_an_operator(build: Build) -> None:
+    """With a fake for tracing; torch's own check of such operators is content."""
+    pool(2).run(on_threads, build(torch.float32, HIDDEN, 2), False, known_to_torch)

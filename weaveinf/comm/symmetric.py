@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ _PATIENCE_S = 120.0
 
 _attempts = 0
 """At a rendezvous of torch's, in this process."""
+
+_numbers = count()
+"""Of seams."""
 
 
 class Call(ctypes.Structure):
@@ -78,6 +83,30 @@ def kernel(
 ) -> cuda.Kernel:
     """seam.cu for these sizes."""
     return cuda.Kernel("seam", threads(hidden, dtype), **defines(dtype, hidden, ranks, multimem, fp8))
+
+
+class Operator(NamedTuple):
+    """A seam's launch as an operator of torch, which torch.compile knows too: (own memory, a Call's bytes,
+    blocks, number of the seam). seams: by their numbers."""
+
+    launch: Callable[[Tensor, Tensor, int, int], None]
+    seams: WeakValueDictionary[int, SymmetricSeam]
+    library: Any
+
+
+@cache
+def operator() -> Operator:
+    """Made when first wanted: it imports much."""
+    seams: WeakValueDictionary[int, SymmetricSeam] = WeakValueDictionary()
+    library = torch.library.Library("weaveinf", "DEF")
+    library.define("seam(Tensor(a!) memory, Tensor call, int blocks, int seam) -> ()")
+
+    def launch(memory: Tensor, call: Tensor, blocks: int, seam: int) -> None:
+        seams[seam].kernel(Call.from_address(call.data_ptr()), blocks)
+
+    library.impl("seam", launch, "CompositeExplicitAutograd")
+    torch.library.register_fake("weaveinf::seam", lambda *_: None, lib=library)
+    return Operator(torch.ops.weaveinf.seam.default, seams, library)
 
 
 class Memory(NamedTuple):
@@ -152,13 +181,15 @@ class SymmetricSeam:
         switch = compiled and memory.multicast != 0
         self.name = "multimem" if switch else "peer"
         self.why = "the switch sums" if switch else "the ranks map each other's memory"
-        self._kernel: Callable[[Call, int], None]
+        self.kernel: Callable[[Call, int], None]
         if compiled:
-            self._kernel = kernel(dtype, hidden, ranks.size, switch)
+            self.kernel = kernel(dtype, hidden, ranks.size, switch)
         else:
             from weaveinf.comm.triton_seam import TritonSeam
 
-            self._kernel = TritonSeam(dtype, hidden, ranks.size, ranks.device)
+            self.kernel = TritonSeam(dtype, hidden, ranks.size, ranks.device)
+        self._number = next(_numbers)
+        operator().seams[self._number] = self
         # Of this rank alone: the meetings of every block, and who did not come.
         self._counts = torch.zeros(ALONE + 1, dtype=torch.int32, device=ranks.device)
         self._call = self._constants()
@@ -220,7 +251,8 @@ class SymmetricSeam:
 
         # `memory` lives until the kernel ran, even if the seam is closed meanwhile.
         def run(memory: Memory = self._memory, blocks: int = ctas or ALONE) -> Waits:
-            self._kernel(call, blocks)
+            packed = torch.frombuffer(call, dtype=torch.uint8)
+            operator().launch(memory.buffers[self._ranks.rank], packed, blocks, self._number)
             yield from ()
             return ()
 

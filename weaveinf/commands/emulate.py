@@ -127,8 +127,8 @@ class EmulatedSeam(SymmetricSeam):
         pads = self._memory.buffers[0][self._at["pads"] :].view(torch.int32)
         pads.fill_(1 << 30)  # as if all had come a billion times
         self._view("x", max_rows).normal_()  # the rows that peers would write: a mixture spreads them
-        paced = _PacedKernel(self._kernel, Pace(ranks.device), ranks.size, hidden * dtype.itemsize)
-        self._kernel = paced
+        paced = _PacedKernel(self.kernel, Pace(ranks.device), ranks.size, hidden * dtype.itemsize)
+        self.kernel = paced
 
 
 def _alone(ranks: Ranks, nbytes: int) -> Memory:
