@@ -35,7 +35,9 @@ class PoolExecutor:
         self._queue.append(replace(Step.unpack(words), why=step.why))
 
     def collect(self) -> StepOutput:
-        return self.worker.execute(self._queue.popleft())
+        output = self.worker.execute(self._queue.popleft())
+        output.complete()
+        return output
 
     def close(self) -> None:
         if self.worker.ranks.size > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -214,12 +214,14 @@ class StepOutput:
 
     `logprobs`: one entry per sample, None where not asked for (or None for all).
     `prompt_logprobs`: one entry per sequence (or None for all): None where not asked for, else
-    num_query entries, None where the target is -1.
+    num_query entries, None where the target is -1. `complete`: waits until the tokens are there, which a
+    GPU may still be computing; called once, before they are read.
     """
 
     tokens: Int64s
     logprobs: Sequence[SampledLogprobs | None] | None = None
     prompt_logprobs: Sequence[Sequence[SampledLogprobs | None] | None] | None = None
+    complete: Callable[[], None] = lambda: None
 
 
 class _Reader:
