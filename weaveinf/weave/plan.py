@@ -16,6 +16,8 @@ Stage = Literal["embedding", "attention", "mlp"]
 
 GAIN = 0.98
 """A cut must be predicted to take at most this share of the whole step."""
+NEARER = 0.99
+"""A cut must be predicted to take at most this share of one nearer to the middle, where costs were measured."""
 _PLAYED = 3
 """Layers that are played; the others are like the last of them."""
 _KEPT = 4096
@@ -183,12 +185,12 @@ class Planner:
         costs = self._costs
         whole = predict(costs, [Half(rows, context)], (0, 0))
         best, cut, ctas = math.inf, 0, (0, 0)
-        for at in cuts(rows, costs.row_block):
+        for at in sorted(cuts(rows, costs.row_block), key=lambda at: abs(2 * at - rows)):
             halves = split(rows, context, share, at)
-            for attention, mlp in product(costs.seam_ctas, repeat=2):
-                woven = predict(costs, halves, (attention, mlp))
-                if woven < best:
-                    best, cut, ctas = woven, at, (attention, mlp)
+            pairs = product(costs.seam_ctas, repeat=2)
+            woven, given = min((predict(costs, halves, pair), pair) for pair in pairs)
+            if woven < NEARER * best:
+                best, cut, ctas = woven, at, given
         if not cut:
             return Plan(0, (0, 0), whole, whole, "too small to cut")
         if best > GAIN * whole:
