@@ -129,9 +129,10 @@ class Ranks:
         self.agree("connected")
 
     def group(self, name: str, device: str, timeout: timedelta) -> Backend:
-        """One process group of its own, outside torch.distributed's global state."""
+        """One process group of its own, outside torch.distributed's global state; every rank calls it."""
         assert self._store is not None
-        store = dist.PrefixStore(name, self._store)
+        self._agreements[name] += 1  # in the store there may still be the addresses of one before it
+        store = dist.PrefixStore(f"{name}/{self._agreements[name]}", self._store)
         group: Backend
         if device == "cuda":
             options: Any = dist.ProcessGroupNCCL.Options()

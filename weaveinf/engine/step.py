@@ -208,6 +208,10 @@ class SampledLogprobs(NamedTuple):
     values: list[float]
 
 
+def _is_complete() -> None:
+    """Of what is no longer computed."""
+
+
 @dataclass
 class StepOutput:
     """What a step sampled: `tokens` int64 `[samples]` in sequence order.
@@ -221,7 +225,7 @@ class StepOutput:
     tokens: Int64s
     logprobs: Sequence[SampledLogprobs | None] | None = None
     prompt_logprobs: Sequence[Sequence[SampledLogprobs | None] | None] | None = None
-    complete: Callable[[], None] = lambda: None
+    complete: Callable[[], None] = _is_complete
 
 
 class _Reader:

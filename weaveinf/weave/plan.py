@@ -17,7 +17,7 @@ Stage = Literal["embedding", "attention", "mlp"]
 GAIN = 0.98
 """A cut must be predicted to take at most this share of the whole step."""
 NEARER = 0.99
-"""A cut must be predicted to take at most this share of one nearer to the middle, where costs were measured."""
+"""And at most this share of what a cut nearer to the middle takes: there costs were measured."""
 _PLAYED = 3
 """Layers that are played; the others are like the last of them."""
 _KEPT = 4096
