@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal, NamedTuple, Protocol
 
 Stage = Literal["embedding", "attention", "mlp"]
@@ -187,7 +186,7 @@ class Planner:
         best, cut, ctas = math.inf, 0, (0, 0)
         for at in sorted(cuts(rows, costs.row_block), key=lambda at: abs(2 * at - rows)):
             halves = split(rows, context, share, at)
-            pairs = product(costs.seam_ctas, repeat=2)
+            pairs = [(attention, mlp) for attention in costs.seam_ctas for mlp in costs.seam_ctas]
             woven, given = min((predict(costs, halves, pair), pair) for pair in pairs)
             if woven < NEARER * best:
                 best, cut, ctas = woven, at, given
