@@ -25,9 +25,8 @@ from tests.cluster.harness import (
     step,
     tokens,
 )
-from weaveinf.cluster import launch, supervise
+from weaveinf.cluster import supervise
 from weaveinf.cluster.board import Process
-from weaveinf.cluster.launch import Cluster
 from weaveinf.cluster.spawn import make_store
 from weaveinf.comm import segment
 from weaveinf.comm.errors import RankDied
@@ -221,58 +220,6 @@ def test_an_error_of_rank_0_is_its_own(model: Path, footprint: Footprint) -> Non
     with pytest.raises(TypeError, match="not callable"):
         cluster.submit(broken)
         cluster.collect()
-    footprint.check()
-
-
-def as_on_a_gpu(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, fails: int | None = None) -> None:
-    """Steps are over when their outputs are complete, of which one fails."""
-    execute = cluster.worker.execute
-
-    def under_way(given: Step) -> StepOutput:
-        output = execute(given)
-
-        def complete() -> None:
-            if given.number == fails:
-                raise TimeoutError("rank 1 did not come to a seam in time")
-
-        output.complete = complete
-        return output
-
-    monkeypatch.setattr(cluster.worker, "execute", under_way)
-    monkeypatch.setattr(launch._Driver, "ahead", 1)
-
-
-def test_two_steps_are_under_way_on_a_gpu(
-    model: Path, footprint: Footprint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = start(model, 2)
-    want = tokens(cluster, 0, 6)
-    cluster.close()
-    cluster = start(model, 2)
-    as_on_a_gpu(cluster, monkeypatch)
-    assert cluster.ahead == 1
-    found = []
-    cluster.submit(step(0))
-    for n in range(1, 6):
-        cluster.submit(step(n))
-        found.append(int(cluster.collect().tokens[0]))
-    found.append(int(cluster.collect().tokens[0]))
-    assert found == want
-    cluster.close()
-    footprint.check()
-
-
-def test_a_step_that_fails_behind_its_submission(
-    model: Path, footprint: Footprint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = start(model, 2)
-    as_on_a_gpu(cluster, monkeypatch, fails=2)
-    tokens(cluster, 0, 2)
-    for n in (2, 3):
-        cluster.submit(step(n))
-    with pytest.raises(TimeoutError, match="rank 1 did not come to a seam in time"):
-        cluster.collect()
-    monkeypatch.undo()
     footprint.check()
 
 

@@ -35,9 +35,7 @@ class PoolExecutor:
         self._queue.append(replace(Step.unpack(words), why=step.why))
 
     def collect(self) -> StepOutput:
-        output = self.worker.execute(self._queue.popleft())
-        output.complete()
-        return output
+        return self.worker.execute(self._queue.popleft())
 
     def close(self) -> None:
         if self.worker.ranks.size > 1:

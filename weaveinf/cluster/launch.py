@@ -8,7 +8,7 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -104,6 +104,8 @@ class Cluster:
     What `launch` may raise is raised by the constructor.
     """
 
+    ahead = 0
+
     def __init__(
         self,
         config: EngineConfig,
@@ -125,11 +127,6 @@ class Cluster:
     def failure(self) -> Exception | None:
         """What ended the run, as soon as it is known; None while all is well."""
         return self._driver.failure
-
-    @property
-    def ahead(self) -> int:
-        """See `Executor.ahead`."""
-        return self._driver.ahead
 
     def submit(self, step: Step) -> None:
         """Sends a step to every rank, and runs it on this one. RankDied when one is gone."""
@@ -222,41 +219,14 @@ class _Driver:
 
     def submit(self, step: Step) -> None:
         self._check()
-        self._try(lambda: self._submit(step))
-
-    def _submit(self, step: Step) -> None:
         assert self.worker is not None
-        if (watch := self._supervisor) is not None:
-            watch.step_begins()
-            self.worker.ranks.control.send(step.pack())
-        self._outputs.append(self.worker.execute(step))
-        if not self.ahead:
-            self._complete(self._outputs[-1])
-
-    def take(self) -> StepOutput:
-        """The oldest output."""
-        self._check()
-        output = self._outputs.popleft()
-        if self.ahead:
-            self._try(lambda: self._complete(output))
-        return output
-
-    def _complete(self, output: StepOutput) -> None:
-        output.complete()
-        if self._supervisor is not None:
-            self._supervisor.step_ends()
-
-    @property
-    def ahead(self) -> int:
-        """See `Executor.ahead`."""
-        return int(self._ranks is not None and self._ranks.device.type == "cuda")
-
-    def _try(self, do: Callable[[], None]) -> None:
-        """Where that goes wrong, it is somebody's fault: raises whose."""
         watch = self._supervisor
         try:
-            do()
-            return
+            with watch.a_step() if watch is not None else nullcontext():
+                if watch is not None:
+                    self.worker.ranks.control.send(step.pack())
+                self._outputs.append(self.worker.execute(step))
+                return
         except Exception as error:
             if watch is None:
                 self.failure = error
@@ -270,6 +240,11 @@ class _Driver:
         if self.failure is None:
             self._news.get()
         self._check()
+
+    def take(self) -> StepOutput:
+        """The oldest output."""
+        self._check()
+        return self._outputs.popleft()
 
     def _check(self) -> None:
         if os.getpid() != self._process:

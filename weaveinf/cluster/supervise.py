@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from weaveinf.cluster.board import Beat, Board, End, Process
 from weaveinf.cluster.rank import BEAT_S, FAREWELL_S, LOADING_S, LOST_S, STDERR
@@ -52,8 +52,7 @@ class Supervisor(threading.Thread):
     ) -> None:
         super().__init__(name="supervisor", daemon=True)
         self._begun = self._done = 0  # steps on rank 0
-        self._under_way: deque[float] = deque()  # when those began that are not over
-        self._recent: deque[float] = deque([0.0], maxlen=64)  # seconds of those that are
+        self._recent: deque[float] = deque([0.0], maxlen=64)  # their seconds
         self.verdict: Exception | None = None
         self._board = board
         self._children = children
@@ -90,15 +89,14 @@ class Supervisor(threading.Thread):
         """Rank 0 has loaded."""
         self._state = "running"
 
-    def step_begins(self) -> None:
-        """A step is about to be sent, and run on rank 0."""
+    @contextmanager
+    def a_step(self) -> Iterator[None]:
+        """Around a step's sending, and its running on rank 0."""
+        began = time.monotonic()
         self._begun += 1
-        self._under_way.append(time.monotonic())
-
-    def step_ends(self) -> None:
-        """Rank 0 is over with the oldest step under way."""
+        yield
         self._done += 1
-        self._recent.append(time.monotonic() - self._under_way.popleft())
+        self._recent.append(time.monotonic() - began)
 
     def accuse(self, error: Exception) -> None:
         """Rank 0 cannot go on; whose fault that is will be found out and told."""

@@ -14,13 +14,12 @@ class Executor(Protocol):
     Both calls raise `RankDied` when a rank is gone; the executor is closed then.
     """
 
+    ahead: int
+    """Steps that gain from being submitted before the oldest one's output is collected: 0 where `submit`
+    computes, 1 where a device does meanwhile."""
+
     worker: Worker
     """Rank 0's."""
-
-    @property
-    def ahead(self) -> int:
-        """Steps that gain from being submitted before the oldest one's output is collected: 0 where `submit`
-        computes, 1 where a device does meanwhile."""
 
     def submit(self, step: Step) -> None:
         """Sends a step to every rank."""

@@ -143,14 +143,7 @@ class Sampler:
         tokens = self._vote(self._draw(self._shape(logits, slots, positions), slots, positions))
         self.last_token.index_copy_(0, self.put(slots.astype(np.int64)), tokens)
         self._history.append(slots, tokens, self.shard.start)
-        return StepOutput(self._on_host(tokens), self._logprobs(logits, tokens, slots))
-
-    def _on_host(self, tokens: Tensor) -> NDArray[np.int64]:
-        """From a GPU, what `StepOutput.complete` waits for."""
-        if self.device.type == "cpu":
-            return tokens.numpy()
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        return host.copy_(tokens, non_blocking=True).numpy()
+        return StepOutput(tokens.cpu().numpy(), self._logprobs(logits, tokens, slots))
 
     def prompt_logprobs(
         self, head: Head, x: Tensor, targets: NDArray[np.int64], n: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -208,24 +208,18 @@ class SampledLogprobs(NamedTuple):
     values: list[float]
 
 
-def _is_complete() -> None:
-    """Of what is no longer computed."""
-
-
 @dataclass
 class StepOutput:
     """What a step sampled: `tokens` int64 `[samples]` in sequence order.
 
     `logprobs`: one entry per sample, None where not asked for (or None for all).
     `prompt_logprobs`: one entry per sequence (or None for all): None where not asked for, else
-    num_query entries, None where the target is -1. `complete`: waits until the tokens are there, which a
-    GPU may still be computing; called once, before they are read.
+    num_query entries, None where the target is -1.
     """
 
     tokens: Int64s
     logprobs: Sequence[SampledLogprobs | None] | None = None
     prompt_logprobs: Sequence[Sequence[SampledLogprobs | None] | None] | None = None
-    complete: Callable[[], None] = _is_complete
 
 
 class _Reader:

@@ -126,14 +126,8 @@ class Worker:
     def follow(self) -> None:
         """Runs the steps that rank 0 sends until it sends an empty message."""
         gc.freeze()  # what is there stays: to look through it all takes a tenth of a second, in some step
-        before: StepOutput | None = None
         while len(message := self.ranks.control.receive()):
-            output = self.execute(Step.unpack(message))
-            if before is not None:
-                before.complete()
-            before = output
-        if before is not None:
-            before.complete()
+            self.execute(Step.unpack(message))
         self.tell()
 
     def tell(self) -> None:
@@ -150,9 +144,8 @@ class Worker:
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepOutput:
-        """Runs one step, which on a GPU is over when its output is complete. Every rank of the engine runs
-        the same steps in the same order."""
-        began = self._now()
+        """Runs one step; every rank of the engine runs the same steps in the same order."""
+        began = time.perf_counter()
         for admission in step.admissions:
             self.sampler.admit(admission)
             self._num_blocks[admission.slot] = 0
@@ -161,29 +154,13 @@ class Worker:
         with torch.cuda.device(self.ranks.device) if self._on_gpu else nullcontext():
             x = self.weaver.run(self._batch(step), step.cut, step.seam_ctas)
             output = self.sampler.run(self.model.head, x, step)
-        ended = self._now()
-
-        def complete() -> None:
-            seconds = ended - began if not self._on_gpu else _seconds(began, ended)
-            self.ranks.check()  # what the step's kernels missed
-            self.steps_done += 1
-            phase = "decode" if step.decodes else "prefill"
-            how = "woven" if step.cut else "fused" if self.seam.fused else "plain"
-            self.trace.step(how, step.why, phase, seconds)
-
         if self._on_gpu:
-            output.complete = complete
-        else:
-            complete()
+            self.ranks.check()  # now all kernels of the step are over
+        self.steps_done += 1
+        phase = "decode" if step.decodes else "prefill"
+        how = "woven" if step.cut else "fused" if self.seam.fused else "plain"
+        self.trace.step(how, step.why, phase, time.perf_counter() - began)
         return output
-
-    def _now(self) -> Any:
-        """The time in seconds, or where the GPU has come to."""
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.ranks.device))
-        return event
 
     def _batch(self, step: Step) -> Batch:
         """The step's rows; all but the tokens still on the host, where it may be cut."""
@@ -238,12 +215,6 @@ class Worker:
             last = self.sampler.last_token[self.sampler.put(slots)].clamp_(min=0)  # whatever runs, it is lost
             out[self.sampler.put(np.flatnonzero(referred))] = last
         return out
-
-
-def _seconds(began: Any, ended: Any) -> float:
-    """Between two events of a GPU; waits for the second."""
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / 1e3
 
 
 def _free_memory() -> int:

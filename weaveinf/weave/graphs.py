@@ -83,7 +83,6 @@ class StaticHalves:
         sizes = [torch.Size(shape).numel() for shape in shapes]
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._there = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
         def cut(flat: Tensor) -> list[dict[str, Tensor]]:
             views = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
@@ -101,8 +100,6 @@ class StaticHalves:
 
     def fill(self, halves: Sequence[Batch]) -> None:
         """Takes over halves of no more rows, which but for the tokens are on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()  # two steps may be under way
         for static, into, half in zip(self.halves, self._fields, halves, strict=True):
             static.input_ids[: half.num_tokens].copy_(half.input_ids)
             padding = {"slot_mapping": -1, "cu_seqlens_q": half.num_tokens}
@@ -113,8 +110,6 @@ class StaticHalves:
                 field.fill_(padding.get(name, 0))
                 field[tuple(slice(0, n) for n in given.shape)] = given
         self._there.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
         for static, there in zip(self.halves, self._copies, strict=True):
             if static.logit_rows.shape[0] < static.num_tokens:  # or it is all rows, for good
                 static.logit_rows.copy_(there["logit_rows"])
