@@ -48,10 +48,10 @@ fi
 on_ranks overlap -m weaveinf bench overlap "$model" --load-format "$format" --tokens "${tokens[@]}" --pairs 5
 on_ranks latency -m weaveinf bench latency "$model" --load-format "$format" "${load[@]}"
 on_ranks throughput -m weaveinf bench throughput "$model" --load-format "$format" "${requests[@]}"
-if [ -z "${HOSTS:-}" ] && "$python" -c "import vllm" 2>/dev/null; then
-    step vllm bash -c "printf '1 128\n8 128\n1 1024\n' | '$python' bench/peers/time_vllm.py '$model' --tp $ranks"
+if [ -z "${HOSTS:-}" ] && [ "$format" = auto ] && "$python" -c "import vllm" 2>/dev/null; then
+    step vllm bash -c "echo '${load[1]} ${load[3]}' | '$python' bench/peers/time_vllm.py '$model' --tp $ranks"
 else
-    echo "== vLLM is not installed here, or there are several hosts"
+    echo "== no vLLM beside: it is not installed, or there are several hosts, or the model has no weights"
 fi
 echo "== ${#failed[@]} failed: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]

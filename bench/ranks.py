@@ -30,6 +30,7 @@ from weaveinf.commands.overlap import AllReduceSeam
 from weaveinf.config import EngineConfig
 
 REPEATS = 20
+_MOST_CHECKED = 1000  # rows
 START_S = 120.0
 
 
@@ -42,7 +43,8 @@ def check(ranks: Ranks, seam: Seam, hidden: int, most: int, dtype: torch.dtype) 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random).to(dtype)
 
-    for rows in sorted({0, 1, 3, ranks.size, 37, most - 1, most}):
+    most = min(most, _MOST_CHECKED)
+    for rows in sorted(n for n in {0, 1, 3, ranks.size, 37, most - 1, most} if n <= most):
         seam.open(rows)
         residual = torch.zeros(rows, hidden, dtype=torch.float64)
         for turn, ctas in enumerate([*seam.ctas, 0, 0]):
@@ -62,7 +64,8 @@ def check(ranks: Ranks, seam: Seam, hidden: int, most: int, dtype: torch.dtype) 
             # One rounding of the residual (two where a switch rounds the sum) and one of x, a turn each.
             bound = 3 * (turn + 1) * unit * (1 + want.abs() + weight.abs().max().double())
             digest = hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            if bool(((x.double() - want).abs() > bound).any()) or len(set(ranks.agree(digest))) > 1:
+            right = bool(((x.double() - want).abs() <= bound).all())  # also of what is no number
+            if len(set(ranks.agree(digest))) > 1 or not right:
                 raise RuntimeError(f"wrong: {rows} rows of {hidden} {dtype}, pass {turn}, {ctas} CTAs")
             passes += 1
     return passes

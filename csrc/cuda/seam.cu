@@ -45,6 +45,7 @@ struct Call {
   u32* failed;          // here: 1 + the rank that did not come; 0
   u32* said;            // the same where the host reads it; behind it, the host's word to wait no more
   u64 patience_ns;
+  u64 lasts_ns;         // what a launch takes at least, where it stands for one on other GPUs
   long long partial_at, x_at, scales_at, pads_at, residual_at, old_residual_at;
   int rank;             // of the grid's first row
   int rows, old_rows;   // now, and before `kept`
@@ -230,9 +231,10 @@ struct Group {
 KERNEL(THREADS) seam(const Call c) {
   SHARED(float, scratch, 4 * GROUPS * ROWS * WARPS);
   SHARED(u32, meetings, 1);
+  SHARED(u64, began, 1);  // no registers are left for it
   const int rank = c.rank + virtual_rank();
   const Group g{c, rank, thread() / LANES, thread() % LANES, share_of(c.rows, rank)};
-  if (thread() == 0) meetings[0] = load_relaxed(c.epochs[rank] + block());
+  if (thread() == 0) meetings[0] = load_relaxed(c.epochs[rank] + block()), began[0] = now_ns();
   if (!all_of_block(thread() != 0 || load_relaxed(c.failed) == 0)) return;
   const u32 epoch = meetings[0];
   if (!meet(c, rank, epoch + 1)) return;
@@ -322,4 +324,8 @@ KERNEL(THREADS) seam(const Call c) {
     }
   }
   if (meet(c, rank, epoch + 2) && thread() == 0) store_relaxed(c.epochs[rank] + block(), epoch + 2);
+  if (c.lasts_ns) {
+    while (thread() == 0 && now_ns() - began[0] < c.lasts_ns) relax();
+    sync_block();  // with all its registers, so that nothing else runs here
+  }
 }

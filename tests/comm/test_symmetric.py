@@ -209,7 +209,7 @@ def known_to_torch(ranks: Ranks) -> None:
     call = symmetric.Call.from_buffer_copy(seam._call)
     call.rows, call.weight = 0, torch.ones(HIDDEN).data_ptr()
     packed = torch.frombuffer(call, dtype=torch.uint8)
-    arguments = seam._memory.buffers[ranks.rank], packed, 1, seam._number
+    arguments = seam._memory.buffers[ranks.rank], packed, [torch.ones(HIDDEN)], 1, seam._number
     torch.library.opcheck(torch.ops.weaveinf.seam.default, arguments)
     seam.close()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import time
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,10 +16,10 @@ from tests.comm.test_symmetric import Build, Grid, build  # noqa: F401
 from tests.models.harness import SMALL, make_checkpoint
 from weaveinf.cli import main
 from weaveinf.comm import symmetric
+from weaveinf.comm.symmetric import Call
 from weaveinf.commands import emulate
 from weaveinf.commands.emulate import Emulation, published_us
 from weaveinf.models.config import ModelConfig
-from weaveinf.ops import cuda
 from weaveinf.weave.waves import GpuCosts
 
 SHAPES = Path(__file__).parents[2] / "bench" / "shapes"
@@ -41,28 +41,27 @@ def test_all_variants_run(tmp_path: Path, build: Build, family: str) -> None:  #
     make_checkpoint(tmp_path, family)
     held: list[tuple[int, int, int]] = []
 
-    def pace(name: str, threads: int) -> Any:
-        assert (name, threads) == ("pace", 1024)
-        return lambda call, blocks: held.append((call.begins, call.ns, blocks))
+    class Recorded(Grid):
+        def __call__(self, call: Call, blocks: int, rows: int = 1, delay_us: int = 0) -> None:
+            held.append((call.rows, call.lasts_ns, blocks))
+            began = time.monotonic_ns()
+            super().__call__(call, blocks, rows, delay_us)
+            assert time.monotonic_ns() - began >= call.lasts_ns > 0
 
     def kernel(dtype: torch.dtype, hidden: int, ranks: int, multimem: bool) -> Grid:
-        return Grid(build(dtype, hidden, ranks, multimem))
+        return Recorded(build(dtype, hidden, ranks, multimem))
 
-    with mock.patch.object(cuda, "Kernel", pace), mock.patch.object(symmetric, "kernel", kernel):
+    with mock.patch.object(symmetric, "kernel", kernel):
         bench = Emulation(tmp_path, 2, 96, torch.device("cpu"))
         cell = bench.cell(96, pairs=1)
-        first = bench.model.chain[0][1].weight.shape[0]
         bench.ranks.close()
     assert all(cell[f"{name}_ms"] > 0 for name in ("plain", "nccl", "fused", "woven", "no_comm"))
     joints, halves = 2 * SMALL["num_hidden_layers"] + 1, 2
-    # Every variant ran twice; all seams were timed from their beginning on, none of the one without.
-    assert len(held) == 2 * 2 * joints * (3 + halves)
-    assert [begins for begins, _, _ in held] == [1, 0] * (len(held) // 2)
-    assert {blocks for begins, _, blocks in held if not begins} == {
-        symmetric.ALONE,
-        *map(int, cell["ctas"].split("/")),
-    }
-    assert first == SMALL["hidden_size"] and max(ns for _, ns, _ in held) < 60_000
+    assert len(held) == 2 * joints * (3 + halves)  # every variant ran twice, that without seams too
+    given = {blocks for rows, _, blocks in held if rows}
+    assert given == {symmetric.ALONE, *map(int, cell["ctas"].split("/"))}
+    pauses = [ns for rows, ns, _ in held if not rows]
+    assert [pauses.count(int(1e3 * us)) for us in (16.5, 36.0)] == [2 * joints] * 2
 
 
 def test_what_it_needs_is_said(capsys: pytest.CaptureFixture[str]) -> None:

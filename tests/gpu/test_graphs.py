@@ -28,7 +28,7 @@ def test_replayed_tokens_are_those_of_eager_steps(tmp_path: Path, family: str) -
             if not replay:
                 weaver.repeated = None
             answers.append([])
-            for turn in range(3):  # prompts too: as they are, captured, replayed
+            for turn in range(4):  # prompts too: as they are, padded, captured, replayed
                 # No prompt begins like one before it, so all are of the same lengths again.
                 new = [[turn + 1, *prompt] for prompt in prompts]
                 answers[-1] += [out.token_ids for out in llm.generate(new, params, show_progress=False)]

@@ -59,10 +59,11 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
         "_write_kv": 1,
         "_silu_mul": 5,
         "_experts": 8,
-        "_arrive": 8,
-        "_await": 8,
-        "_share": 4,
+        "_arrive": 16,
+        "_await": 16,
+        "_share": 8,
     }
+    assert all(line.endswith(" wide") for line in printed.splitlines() if line.startswith("_share"))
 
 
 def test_cpu_use_never_imports_triton(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def compile_instead_of_launching() -> None:
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         made = run(self, *args, grid=grid, warmup=True, **kwargs)
         print(self.__name__, args[0].dtype if hasattr(args[0], "dtype") else "", grid, end=" ")
-        print(len(made.asm["cubin"]))
+        wide = made.asm["ptx"].count(".v4.b32") + made.asm["ptx"].count(".v8.b")
+        print(len(made.asm["cubin"]), "wide" if wide else "narrow")
 
     triton.runtime.driver.set_active(Hopper())
     JITFunction.run = compile_only
@@ -86,15 +87,18 @@ def experts(dtype: torch.dtype, rows: int) -> None:
 
 
 def seam(dtype: torch.dtype, ranks: int) -> None:
-    """Rank 1's, as Llama-3-70B would call it; then with rows that were dropped."""
-    call = Call(
-        rank=1, rows=1000, old_rows=3000, patience_ns=10**9, weight=1 << 40, failed=1 << 41, said=1 << 42
-    )
+    """Rank 1's, as Llama-3-70B would call it: first, later, with rows that were dropped, of one row."""
+    call = Call(rank=1, rows=1000, old_rows=3000, fresh=1, patience_ns=120 * 10**9, weight=1 << 40)
+    call.failed, call.said = 1 << 41, 1 << 42
     call.buffers[:] = [(5 + rank) << 40 for rank in range(8)]
     call.epochs[:] = call.buffers[:]
     kernel = TritonSeam(dtype, 8192, ranks, torch.device("cpu"))
+    kernel(call, 16)
+    call.fresh = 0
     kernel(call, 8)
     call.kept = 1 << 43
+    kernel(call, 16)
+    call.kept, call.rows = None, 1
     kernel(call, 16)
 
 

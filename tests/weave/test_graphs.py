@@ -33,6 +33,7 @@ def test_few_shapes_serve_all_rows() -> None:
     assert all(rows <= more <= rows * 1.25 or rows < 8 for rows, more in enumerate(served, 1))
     assert served == sorted(served)
     assert len(set(served)) <= graphs.RESIDENT
+    assert all(graphs.padded(rows) - rows < 64 for rows in range(1, 5000))
 
 
 def decode_step(rows: int, context: int) -> Batch:
@@ -103,7 +104,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_step_padded_gives_the_same_rows(family: Path, data: st.DataObject) -> None:
-    """Prompts and answers, whole or cut anywhere, three times each: as it is, captured, replayed."""
+    """Prompts and answers, whole or cut anywhere: as they are, padded, captured, replayed."""
     most = 160
     with torch.inference_mode():
         one, other = (Lockstep(family, pages=1024) for _ in range(2))
@@ -115,9 +116,9 @@ def test_any_step_padded_gives_the_same_rows(family: Path, data: st.DataObject) 
         before = data.draw(st.lists(st.sampled_from([0, 1, 20]), min_size=4, max_size=4))
         cut = data.draw(st.integers(0, sum(lengths) - 1))
         random = torch.Generator().manual_seed(sum(lengths))
-        for turn in range(3):
+        for turn in range(4):
             # Of the same shape, but with a row less where that may be: what was there does not matter.
-            rows = [n - (turn == 2 and n > 8) for n in lengths]
+            rows = [n - (turn == 3 and n > 8) for n in lengths]
             chunks = [
                 (4 * turn + i, torch.randint(0, 61, (n,), generator=random).tolist(), min(w, n))
                 for i, (n, w) in enumerate(zip(rows, wanted, strict=True))
@@ -163,3 +164,20 @@ def test_steps_of_a_graph_have_one_plan(rows: int) -> None:
 def test_a_graph_is_of_what_its_seams_are_given() -> None:
     halves = decode_step(9, 10).split(4)
     assert graphs.shape(halves, 64, (2, 8)) != graphs.shape(halves, 64, (8, 2))
+
+
+def test_prompts_displace_no_decode_steps(family: Path) -> None:
+    kept = Rehearsal(lambda halves, ctas: halves[0].input_ids[:, None].float(), list, 2048, False, CPU)
+
+    def capture(static: StaticHalves, ctas: tuple[int, int]) -> Any:
+        return SimpleNamespace(
+            static=static, x=torch.zeros(4096, 1), graph=SimpleNamespace(replay=lambda: None)
+        )
+
+    kept._capture = capture  # type: ignore[method-assign]
+    decode = decode_step(5, 10)
+    prompts = [replace(decode_step(rows, 10), logit_rows=torch.tensor([0])) for rows in range(16, 800, 32)]
+    for step in [decode, *prompts]:
+        for _ in range(3):
+            kept.run([step], (0, 0))
+    assert len(kept._kept) == 1 + graphs.OTHERS and next(iter(kept._kept)).decode

@@ -21,7 +21,8 @@ from weaveinf.ops import cuda, native
 def make_seam(ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> Seam:
     """A seam for passes of up to `max_rows` rows; every rank calls it, in the same order.
 
-    `.name` is "local", "shared memory", "hierarchical", "multimem", "peer" or "collective", the same on every
+    `.name` is "local", "shared memory", "hierarchical", "multimem", "peer", "peer in Triton" or
+    "collective", the same on every
     rank; `.why` is one line for the log.
     """
     if ranks.size == 1:
@@ -34,7 +35,7 @@ def make_seam(ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> S
             lacks = _first(ranks.agree(cuda.objection()))
             seam = SymmetricSeam(ranks, max_rows, hidden, dtype, compiled=not lacks)
             if lacks:
-                seam.why += f", in Triton: {lacks}"
+                seam.why += f"; {lacks}"
         except Exception as error:  # torch's or the compiler's
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         why = _first(ranks.agree(said))

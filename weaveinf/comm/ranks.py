@@ -61,7 +61,7 @@ class Ranks:
         self.segment: Segment | None = None
         self.words = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         # Of a single rank, or until `join` has found better.
-        self.votes: Votes = GlooVotes(None, 1)
+        self.votes: Votes = GlooVotes(None, 1, device)
         self.control: Channel = GlooChannel(None, 0, 1, silence_s)
         self._store = store
         self._listen = {"interface": "lo"}
@@ -120,7 +120,7 @@ class Ranks:
             self.votes = SharedVotes(self.segment, 2 * lines, 0, self.size, self.silence_s)
         else:
             votes = self.group("votes", self.device.type, timedelta(seconds=self.silence_s))
-            self.votes = GlooVotes(votes, self.size)
+            self.votes = GlooVotes(votes, self.size, self.device)
         if self.segment is not None:
             self.control = SharedChannel(self.segment, 2 * lines + words, lines, self.size, self.silence_s)
         else:

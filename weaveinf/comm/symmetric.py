@@ -42,7 +42,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("multicast", "weight", "kept")),
         ("epochs", ctypes.c_void_p * 8),
         *((name, ctypes.c_void_p) for name in ("failed", "said")),
-        ("patience_ns", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("patience_ns", "lasts_ns")),
         *(
             (f"{name}_at", ctypes.c_int64)
             for name in ("partial", "x", "scales", "pads", "residual", "old_residual")
@@ -87,9 +87,9 @@ def kernel(
 
 class Operator(NamedTuple):
     """A seam's launch as an operator of torch, which torch.compile knows too: (own memory, a Call's bytes,
-    blocks, number of the seam). seams: by their numbers."""
+    the tensors that it points to, blocks, number of the seam). seams: by their numbers."""
 
-    launch: Callable[[Tensor, Tensor, int, int], None]
+    launch: Callable[[Tensor, Tensor, list[Tensor], int, int], None]
     seams: WeakValueDictionary[int, SymmetricSeam]
     library: Any
 
@@ -99,9 +99,9 @@ def operator() -> Operator:
     """Made when first wanted: it imports much."""
     seams: WeakValueDictionary[int, SymmetricSeam] = WeakValueDictionary()
     library = torch.library.Library("weaveinf", "DEF")
-    library.define("seam(Tensor(a!) memory, Tensor call, int blocks, int seam) -> ()")
+    library.define("seam(Tensor(a!) memory, Tensor call, Tensor[] held, int blocks, int seam) -> ()")
 
-    def launch(memory: Tensor, call: Tensor, blocks: int, seam: int) -> None:
+    def launch(memory: Tensor, call: Tensor, held: list[Tensor], blocks: int, seam: int) -> None:
         seams[seam].kernel(Call.from_address(call.data_ptr()), blocks)
 
     library.impl("seam", launch, "CompositeExplicitAutograd")
@@ -179,7 +179,7 @@ class SymmetricSeam:
             size += -(-nbytes // 256) * 256
         self._memory = memory = allocate(ranks, size)
         switch = compiled and memory.multicast != 0
-        self.name = "multimem" if switch else "peer"
+        self.name = "multimem" if switch else "peer" if compiled else "peer in Triton"
         self.why = "the switch sums" if switch else "the ranks map each other's memory"
         self.kernel: Callable[[Call, int], None]
         if compiled:
@@ -249,10 +249,12 @@ class SymmetricSeam:
             call.eps, call.offset, call.scale = joint.eps, joint.weight_offset, joint.residual_scale
             call.kept = kept.data_ptr() if kept is not None else None
 
+        held = [] if joint is None else [joint.weight] if kept is None else [joint.weight, kept]
+
         # `memory` lives until the kernel ran, even if the seam is closed meanwhile.
         def run(memory: Memory = self._memory, blocks: int = ctas or ALONE) -> Waits:
             packed = torch.frombuffer(call, dtype=torch.uint8)
-            operator().launch(memory.buffers[self._ranks.rank], packed, blocks, self._number)
+            operator().launch(memory.buffers[self._ranks.rank], packed, held, blocks, self._number)
             yield from ()
             return ()
 

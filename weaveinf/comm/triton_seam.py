@@ -32,26 +32,42 @@ def _arrive(pads, epochs, failed, rank, RANKS: tl.constexpr):
 
 
 @triton.jit
-def _await(pads, epochs, failed, said, patience_ns, rank, RANKS: tl.constexpr, CLOCK: tl.constexpr):
+def _await(
+    pads,
+    epochs,
+    failed,
+    said,
+    patience_ns,
+    rank,
+    RANKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
     """Until all have come as often, or somebody is missed: then `failed` and `said` get 1 + that rank. One
-    program. Without a CLOCK (in Triton's interpreter) it looks once."""
+    program. WORDS: a power of two from RANKS on. Without a CLOCK (in Triton's interpreter) it looks once."""
     words = tl.pointer_type(tl.int32)
     if tl.load(failed.to(words)) == 0:
         epoch = tl.load(epochs.to(words))
-        mine = tl.load(pads + rank).to(words)
-        for peer in tl.static_range(RANKS):
-            left = epoch - tl.atomic_add(mine + peer, 0, sem="acquire", scope="sys")
-            if CLOCK:
-                began = tl.extra.cuda.globaltimer()
-                while (
-                    (left > 0)
-                    & (tl.extra.cuda.globaltimer() - began < patience_ns)
-                    & (tl.load(said.to(words) + 1, volatile=True) == 0)
-                ):
-                    left = epoch - tl.atomic_add(mine + peer, 0, sem="acquire", scope="sys")
-            if left > 0:
-                tl.store(failed.to(words), 1 + peer)
-                tl.store(said.to(words), 1 + peer)
+        peer = tl.arange(0, WORDS)
+        mine = tl.load(pads + rank).to(words) + peer
+        left = epoch - tl.atomic_add(mine, 0, mask=peer < RANKS, sem="acquire", scope="sys")
+        late = tl.max(tl.where((peer < RANKS) & (left > 0), 1 + peer, 0))
+        if CLOCK:
+            began = tl.extra.cuda.globaltimer()
+            spins = 0
+            while late > 0:
+                left = epoch - tl.atomic_add(mine, 0, mask=peer < RANKS, sem="acquire", scope="sys")
+                late = tl.max(tl.where((peer < RANKS) & (left > 0), 1 + peer, 0))
+                spins += 1
+                if (late > 0) & (spins % 1024 == 0):  # the host's word is far away
+                    stop = tl.load(said.to(words) + 1, volatile=True) != 0
+                    if stop | (tl.extra.cuda.globaltimer() - began > patience_ns):
+                        tl.store(failed.to(words), late)
+                        tl.store(said.to(words), late)
+                        late = 0
+        if late > 0:
+            tl.store(failed.to(words), late)
+            tl.store(said.to(words), late)
 
 
 @triton.jit
@@ -83,22 +99,27 @@ def _share(
     buffers: addresses of the ranks' memory; *_at: bytes in it.
     """
     elements = tl.pointer_type(ELEMENT)
+    vector: tl.constexpr = 16 if HIDDEN * ELEMENT.primitive_bitwidth % 128 == 0 else 1
     each, extra = rows // RANKS, rows % RANKS
     first = rank * each + tl.minimum(rank, extra)
     count = each + (rank < extra).to(tl.int32)
     i = tl.arange(0, BLOCK)
     inside = i < HIDDEN
-    w = tl.load(weight.to(elements) + i, mask=inside, other=0.0).to(tl.float32) + offset
-    own = tl.load(buffers + rank)
+    w = (
+        tl.load(tl.multiple_of(weight.to(elements), vector) + i, mask=inside, other=0.0).to(tl.float32)
+        + offset
+    )
+    own = tl.multiple_of((tl.load(buffers + rank) + residual_at).to(elements), vector)
     for turn in range(per_program):
         row = (turn * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         if (row < count) & (tl.load(failed.to(tl.pointer_type(tl.int32))) == 0):
             total = tl.zeros([BLOCK], tl.float32)
             for peer in tl.static_range(RANKS):
-                part = (tl.load(buffers + peer) + partial_at).to(elements) + (first + row) * HIDDEN + i
+                theirs = tl.multiple_of((tl.load(buffers + peer) + partial_at).to(elements), vector)
+                part = theirs + (first + row) * HIDDEN + i
                 total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
             f = scale * total
-            at = (own + residual_at).to(elements) + row * HIDDEN + i
+            at = own + row * HIDDEN + i
             if not FRESH:
                 old = at
                 if KEPT:
@@ -111,15 +132,16 @@ def _share(
                     )
                     owner = tl.where(place < border, many, few)
                     place -= owner * old_each + tl.minimum(owner, old_extra)
-                    old = (tl.load(buffers + owner) + old_residual_at).to(elements) + place * HIDDEN + i
+                    theirs = (tl.load(buffers + owner) + old_residual_at).to(elements)
+                    old = tl.multiple_of(theirs, vector) + place * HIDDEN + i
                 f += tl.load(old, mask=inside, other=0.0).to(tl.float32)
             rounded = f.to(ELEMENT)
             tl.store(at, rounded, mask=inside)
             f = rounded.to(tl.float32)
             f = f * tl.rsqrt(tl.sum(f * f) / HIDDEN + eps) * w
             for peer in tl.static_range(RANKS):
-                out = (tl.load(buffers + peer) + x_at).to(elements) + (first + row) * HIDDEN + i
-                tl.store(out, f.to(ELEMENT), mask=inside)
+                theirs = tl.multiple_of((tl.load(buffers + peer) + x_at).to(elements), vector)
+                tl.store(theirs + (first + row) * HIDDEN + i, f.to(ELEMENT), mask=inside)
 
 
 class TritonSeam:
@@ -143,7 +165,8 @@ class TritonSeam:
                 for rank in here:
                     _arrive[(1,)](pads, call.epochs[rank], call.failed, rank, RANKS=size, num_warps=1)
                 for rank in here:
-                    _await[(1,)](pads, call.epochs[rank], *met, rank, RANKS=size, CLOCK=clock, num_warps=1)
+                    sizes = {"RANKS": size, "WORDS": triton.next_power_of_2(size), "CLOCK": clock}
+                    _await[(1,)](pads, call.epochs[rank], *met, rank, **sizes, num_warps=1)
                 continue
             for rank in here:
                 self._share(call, buffers, rank, blocks)

@@ -70,11 +70,15 @@ class SharedVotes:
 
 
 class GlooVotes:
-    """Votes by an all-gather, added up locally; also the votes of a single rank."""
+    """Votes by an all-gather, added up locally; also the votes of a single rank.
 
-    def __init__(self, group: Backend, size: int) -> None:
+    device: where the group's tensors must be; those of votes may be elsewhere.
+    """
+
+    def __init__(self, group: Backend, size: int, device: torch.device) -> None:
         self._group = group
         self._size = size
+        self._device = device
 
     def sum(self, t: Tensor) -> Tensor:
         """See `Votes.sum`."""
@@ -84,7 +88,7 @@ class GlooVotes:
         """See `Votes.start`."""
         if self._group is None or t.numel() == 0:
             return lambda: t
-        given = t.contiguous()
+        given = t.contiguous().to(self._device)
         parts = [torch.empty_like(given) for _ in range(self._size)]
         with blamed(None, "a vote"):
             work = self._group.allgather([parts], [given])
@@ -93,7 +97,7 @@ class GlooVotes:
             wait_for(work, None, "a vote")
             for part in parts[1:]:
                 parts[0].add_(part)
-            return parts[0]
+            return parts[0].to(t.device)
 
         return total
 

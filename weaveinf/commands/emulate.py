@@ -2,14 +2,14 @@
 
 Blocks have the true shapes of a rank's shard. A seam runs csrc/cuda/seam.cu for rank 0's rows on N ranks'
 buffers, which all lie in this GPU's memory: they are read and written as often as rank 0's own memory would
-be by its peers. Then its CTAs are held until the time is over that 8 H100 needed for as many bytes with as
-many CTAs, and that the bytes need on the link. What is computed means nothing: the others' sums are missing.
+be by its peers. Then its CTAs wait until the time is over that 8 H100 needed for as many bytes with as many
+CTAs, and that the bytes need on the link. That time was published of a seam alone: what a block beside it
+costs a real one on the links is not in it. What is computed means nothing: the others' sums are missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from weaveinf.weave.rehearsal import rehearsal
 from weaveinf.weave.run import run as run_chain
 from weaveinf.weave.waves import GPUS, GpuCosts
 
+_RANKS = 8
 # Microseconds of 8 H100 by rows of 16 KiB (arXiv 2505.11329, its artifact's figures 4 and 10).
 _ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MULTIMEM = (16.5, 20.2, 28.1, 43.7, 74.8, 135.9, 257.2, 500.2, 986.0, 1956.6)
@@ -56,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--emulate needs a GPU, which does the work of one rank of many")
     if objection := cuda.objection():
         raise ValueError(f"--emulate runs the seam of GPUs: {objection}")
-    if not 2 <= args.emulate <= 8 or min(*args.tokens, 2) < 2 or args.pairs < 1:
-        raise ValueError("--emulate must be 2 to 8, --tokens at least 2, --pairs at least 1")
+    if args.emulate != _RANKS:
+        raise ValueError(f"--emulate {args.emulate}: the times of others are published of {_RANKS} GPUs only")
+    if min(*args.tokens, 2) < 2 or args.pairs < 1:
+        raise ValueError("--tokens must be at least 2, --pairs at least 1")
     if args.decode or args.trace or args.tp:
         raise ValueError("--emulate takes no --decode, --trace or --tp")
     bench = Emulation(Path(args.model), args.emulate, max(args.tokens), torch.device("cuda", 0))
@@ -83,40 +86,17 @@ def published_us(table: Sequence[float], nbytes: float) -> float:
     return float(np.interp(rows, _ROWS, table)) * max(1.0, rows / _ROWS[-1])
 
 
-class _Pace(ctypes.Structure):
-    """struct Call of pace.cu."""
-
-    _fields_ = [("since", ctypes.c_void_p), ("ns", ctypes.c_uint64), ("begins", ctypes.c_int32)]
-
-
-class Pace:
-    """Lets a stream's work last as long as it must."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._since = torch.zeros(1, dtype=torch.int64, device=device)
-        self._kernel = cuda.Kernel("pace", 1024)
-
-    def begin(self) -> None:
-        """It begins now, on the current stream."""
-        self._kernel(_Pace(self._since.data_ptr(), 0, 1), 1)
-
-    def end(self, us: float, ctas: int) -> None:
-        """Holds so many units until `us` are over."""
-        self._kernel(_Pace(self._since.data_ptr(), int(us * 1e3), 0), ctas)
-
-
 class _PacedKernel:
-    """In the place of a seam's kernel."""
+    """In the place of a seam's kernel: takes as long as on other GPUs, at least."""
 
-    def __init__(self, kernel: Any, pace: Pace, size: int, row_bytes: int) -> None:
-        self._kernel, self._pace, self._size, self._row_bytes = kernel, pace, size, row_bytes
+    def __init__(self, kernel: Callable[[Call, int], None], size: int, row_bytes: int) -> None:
+        self._kernel, self._size, self._row_bytes = kernel, size, row_bytes
 
     def __call__(self, call: Call, blocks: int) -> None:
-        self._pace.begin()
-        self._kernel(call, blocks)
         nbytes = call.rows * self._row_bytes
         link = nbytes * (1 + 1 / self._size) / _LINK
-        self._pace.end(max(published_us(_FUSED[blocks], nbytes), link), blocks)
+        call.lasts_ns = int(1e3 * max(published_us(_FUSED[blocks], nbytes), link))
+        self._kernel(call, blocks)
 
 
 class EmulatedSeam(SymmetricSeam):
@@ -127,8 +107,14 @@ class EmulatedSeam(SymmetricSeam):
         pads = self._memory.buffers[0][self._at["pads"] :].view(torch.int32)
         pads.fill_(1 << 30)  # as if all had come a billion times
         self._view("x", max_rows).normal_()  # the rows that peers would write: a mixture spreads them
-        paced = _PacedKernel(self.kernel, Pace(ranks.device), ranks.size, hidden * dtype.itemsize)
-        self.kernel = paced
+        self.unpaced = self.kernel
+        self.kernel = _PacedKernel(self.unpaced, ranks.size, hidden * dtype.itemsize)
+
+    def pause(self, us: float) -> None:
+        """A launch without rows that takes so long."""
+        call = Call.from_buffer_copy(self._call)
+        call.lasts_ns = int(1e3 * us)
+        self.unpaced(call, ALONE)
 
 
 def _alone(ranks: Ranks, nbytes: int) -> Memory:
@@ -137,19 +123,16 @@ def _alone(ranks: Ranks, nbytes: int) -> Memory:
 
 
 class PacedAllReduce(LocalSeam):
-    """An all-reduce of other GPUs' speed, then this package's norm of all rows."""
+    """An all-reduce of other GPUs' speed, by the kernel of `seam`, then this package's norm of all rows."""
 
-    def __init__(
-        self, table: Sequence[float], max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(max_rows, hidden, dtype, device)
-        self._table, self._pace = table, Pace(device)
+    def __init__(self, table: Sequence[float], seam: EmulatedSeam, max_rows: int, hidden: int) -> None:
+        super().__init__(max_rows, hidden, seam.partial().dtype, seam.partial().device)
+        self._table, self._seam = table, seam
 
     def start(self, joint: Joint, kept: Tensor | None = None, ctas: int = 0) -> None:
         """See `Seam.start`."""
         rows = self.partial()[: len(kept)] if kept is not None else self.partial()
-        self._pace.begin()
-        self._pace.end(published_us(self._table, rows.nbytes), ALONE)
+        self._seam.pause(published_us(self._table, rows.nbytes))
         super().start(joint, kept)
 
 
@@ -171,17 +154,17 @@ class Emulation:
         self.model.bind(Pools(self.model.pool_specs, pages, PAGE_SIZE, self.device))
         self.ranks = Ranks(0, self.size, self.device)
         sizes = self.most, config.hidden_size, dtype
-        self.seams: list[Seam] = [EmulatedSeam(self.ranks, *sizes) for _ in range(2)]
+        self.seams = [EmulatedSeam(self.ranks, *sizes) for _ in range(2)]
         self.alone = LocalSeam(*sizes, self.device)
-        self.plain = PacedAllReduce(_MULTIMEM, *sizes, self.device)
-        self.nccl = PacedAllReduce(_NCCL, *sizes, self.device)
+        self.plain = PacedAllReduce(_MULTIMEM, self.seams[0], *sizes[:2])
+        self.nccl = PacedAllReduce(_NCCL, self.seams[0], *sizes[:2])
         self.planner = Planner(GpuCosts(config, self.size, GPUS["h200"]))
 
     @torch.inference_mode()
     def cell(self, tokens: int, pairs: int) -> dict[str, Any]:
         """Medians over `pairs` rounds of all variants of a prompt; on CUDA all are graphs."""
         batch = rehearsal(tokens, 0, self.most, self.config.vocab_size)
-        # The best cut, taken or not: what the planner would rather run whole is worth knowing too.
+        # What the planner would rather run whole is cut in the middle: how much that costs is worth knowing.
         plan = self.planner.plan(tokens, tokens**2 / 2, tokens**2 / 8)
         cut, ctas = (plan.cut, plan.seam_ctas) if plan.cut else (tokens // 2, (8, 8))
         whole, halves = self._there([batch]), self._there(batch.split(cut))

@@ -97,6 +97,7 @@ class Overlap:
 
     def __init__(self, worker: Worker) -> None:
         self.weaver = worker.weaver
+        self.weaver.repeated = None  # or what is replayed would stand beside what is not
         self._ranks = worker.ranks
         self._chain = worker.model.chain
         hidden, most = worker.model_config.hidden_size, worker.config.max_num_batched_tokens
@@ -203,6 +204,8 @@ class Overlap:
 
     def meet(self) -> None:
         """Waits for all ranks."""
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
         self._ranks.votes.sum(torch.zeros(1))
 
 

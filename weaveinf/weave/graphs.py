@@ -20,16 +20,20 @@ from weaveinf.cache.batch import Batch
 RESIDENT = 24
 """Graphs that are kept at most; the one that was not used for longest goes first."""
 
-MOST_ROWS = 2048
-"""Of a graph. With more rows a GPU takes longer than the host that issues its work."""
+OTHERS = 8
+"""Of these, not of decode steps: prompts are of many shapes, and must not displace what every token needs."""
+
+MOST_ROWS = 1024
+"""Of a graph that is no decode step. With more rows a GPU takes longer than the host that issues its work."""
 
 _INT32 = [f.name for f in fields(Batch) if f.name != "input_ids"]
 
 
 def padded(rows: int) -> int:
-    """Rows of the graph that serves `rows`: a power of two up to 8, then an eighth of one, or several."""
+    """Rows of the graph that serves `rows`: a power of two up to 8, then an eighth of one, or several, up to
+    half a tile of a product."""
     bits = (rows - 1).bit_length()
-    step = 1 << (bits - 3 if rows > 8 else bits)
+    step = min(1 << (bits - 3 if rows > 8 else bits), 64)
     return -(-rows // step) * step
 
 
@@ -42,6 +46,11 @@ class Shape(NamedTuple):
     seqs: int
     blocks: int
     ctas: tuple[int, int]
+
+    @property
+    def decode(self) -> bool:
+        """Whether the logits of all rows are wanted."""
+        return self.logits == self.rows
 
 
 def shape(halves: Sequence[Batch], most: int, ctas: tuple[int, int] = (0, 0)) -> Shape:
@@ -150,7 +159,7 @@ class Graphs:
     ) -> None:
         self._step, self._held = step, held
         self._most, self._only_decode, self._device = most, only_decode, device
-        self._seen: dict[Shape, StaticHalves] = {}
+        self._seen: dict[Shape, StaticHalves | None] = {}
         self._kept: OrderedDict[Shape, _Graph] = OrderedDict()
         self._pool: Any = None
 
@@ -164,20 +173,24 @@ class Graphs:
         return rows if self._only_decode or rows > MOST_ROWS else min(padded(rows), self._most)
 
     def run(self, halves: Sequence[Batch], ctas: tuple[int, int]) -> Tensor:
-        """What the step returns for halves that it `takes`. Of each shape the first step runs as it is, which
-        compiles kernels; the second is captured."""
+        """What the step returns for halves that it `takes`. Of each shape the first step runs as it is, the
+        second padded, which compiles kernels; the third is captured."""
         key = shape(halves, self._most, ctas)
         if (kept := self._kept.get(key)) is None:
             if key not in self._seen:
-                if len(self._seen) == RESIDENT:
+                if len(self._seen) == 2 * RESIDENT:
                     self._seen.clear()
+                self._seen[key] = None
+                return self._step([half.to(self._device) for half in halves], ctas)
+            if (static := self._seen[key]) is None:
                 static = self._seen[key] = StaticHalves(key, self._device)
                 static.fill(halves)
                 return static.wanted(self._step(static.halves, ctas), halves)
-            kept = self._capture(self._seen.pop(key), ctas)
-            self._kept[key] = kept
-            if len(self._kept) > RESIDENT:
-                self._kept.popitem(last=False)
+            del self._seen[key]
+            kept = self._kept[key] = self._capture(static, ctas)
+            alike = [other for other in self._kept if other.decode == key.decode]
+            if len(alike) > (RESIDENT - OTHERS if key.decode else OTHERS):
+                del self._kept[alike[0]]
         self._kept.move_to_end(key)
         kept.static.fill(halves)
         kept.graph.replay()

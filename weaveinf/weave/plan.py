@@ -61,7 +61,7 @@ class Plan:
     """How a step is to run.
 
     cut: rows of the first half; 0: the step runs whole, and `why` says for what reason. seam_ctas: of the
-    seams that run under attention and under the MLP; 0 where there is no choice. The times are
+    seams that run under attention and under the MLP (see `Seam.ctas`). The times are
     predictions in ms; woven_ms is that of the best cut, taken or not.
     """
 
@@ -183,13 +183,14 @@ class Planner:
     def _choose(self, rows: int, context: float, share: float) -> Plan:
         costs = self._costs
         whole = predict(costs, [Half(rows, context)], (0, 0))
+        pairs = [(attention, mlp) for attention in costs.seam_ctas for mlp in costs.seam_ctas]
         best, cut, ctas = math.inf, 0, (0, 0)
         for at in sorted(cuts(rows, costs.row_block), key=lambda at: abs(2 * at - rows)):
             halves = split(rows, context, share, at)
-            pairs = [(attention, mlp) for attention in costs.seam_ctas for mlp in costs.seam_ctas]
-            woven, given = min((predict(costs, halves, pair), pair) for pair in pairs)
-            if woven < NEARER * best:
-                best, cut, ctas = woven, at, given
+            # What seams get matters little for where to cut: all is tried only where that may be.
+            if not cut or predict(costs, halves, ctas) < NEARER * best:
+                best, ctas = min((predict(costs, halves, pair), pair) for pair in pairs)
+                cut = at
         if not cut:
             return Plan(0, (0, 0), whole, whole, "too small to cut")
         if best > GAIN * whole:

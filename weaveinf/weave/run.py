@@ -52,9 +52,11 @@ def run(
             kept = yield from _voting(kept, votes)
         if kept is not None:
             batches[half] = batches[half].take(kept)
-        # The first half's seam lies under the second's same block, the second's under the first's next.
-        under_attention = (number + half) % 2 == 1
-        seam.start(joint, kept, ctas[0] if under_attention else ctas[1])
+        # The first half's seam lies under the second's same block, the second's under the first's next, if
+        # there is one.
+        under = number + half
+        alone = under == len(chain) or len(seams) == 1
+        seam.start(joint, kept, 0 if alone else ctas[0] if under % 2 else ctas[1])
 
     for i, (block, joint) in enumerate(chain):
         turns = deque(part(half, block, joint, i) for half in range(len(seams)))
