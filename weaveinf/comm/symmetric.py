@@ -258,7 +258,7 @@ class SymmetricSeam:
             yield from ()
             return ()
 
-        self._held = joint, kept
+        self._held = held
         self._job = self._ranks.progress.submit(run)
 
     def finish(self) -> Tensor:

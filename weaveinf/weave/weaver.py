@@ -141,8 +141,8 @@ class Weaver:
         kept = profile.load(self._key(), now) if ranks.rank == 0 else None
         if ranks.agree("kept" if kept is not None else "")[0]:
             return kept
+        layers, ctas = self._config.num_layers, self.seam.ctas
         for _ in range(1 if self._on_cpu else 2):  # on a GPU the first time compiles kernels
-            layers, ctas = self._config.num_layers, self.seam.ctas
             found = profile.measure(self._spans, layers, self._most, self._tokens, ctas)
         if ranks.rank == 0:
             profile.save(self._key(), found, now)
