@@ -1,10 +1,10 @@
 """Throughput over limited links of batches that mix prompts and answers, woven beside plain.
 
-    sudo .venv/bin/python bench/mixed.py [--rates 1gbit 250mbit] [--shapes 512,128 1024,128 2048,128]
+    sudo .venv/bin/python bench/mixed.py [--rates 1gbit 250mbit] [--shapes 512,128,32 1024,128,16 2048,128,16]
 
-One rank on each of two hosts on one machine (bench/links.py says what that needs). One engine serves the same
-load in turns, its planner asked or not; ratios are medians of those within a turn. Writes
-bench/results/mixed-DATE.md.
+A shape is the tokens of a prompt, those of its answer and the requests at once. One rank on each of two hosts
+on one machine (bench/links.py says what that needs). One engine serves the same load in turns, its planner
+asked or not; ratios are medians of those within a turn. Writes bench/results/mixed-DATE.md.
 """
 
 from __future__ import annotations
@@ -32,29 +32,35 @@ def serve(args: argparse.Namespace) -> None:
     """On every rank; rank 0 measures."""
     from weaveinf import LLM, SamplingParams
 
-    with LLM(str(args.model), max_num_seqs=args.requests, seed=0, show_progress=False) as llm:
+    with LLM(
+        str(args.model),
+        max_num_seqs=max(requests for _, _, requests in args.shapes),
+        seed=0,
+        show_progress=False,
+    ) as llm:
         weaver, trace = llm.engine.executor.worker.weaver, llm.engine.trace
         rng = np.random.default_rng(0)
         vocab_size = llm.engine.model_config.vocab_size
         cells = []
-        for prompt, answer in args.shapes:
+        for prompt, answer, requests in args.shapes:
             params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
             seconds: dict[str, list[float]] = {"": [], "plain is measured": []}
             before = dict(trace.steps)
             for turn in range(args.turns + 1):
                 for why, times in seconds.items():
                     weaver.why = why  # plans travel with the steps: rank 0's word is enough
-                    prompts = rng.integers(0, vocab_size, (args.requests, prompt)).tolist()
+                    prompts = rng.integers(0, vocab_size, (requests, prompt)).tolist()
                     began = time.perf_counter()
                     llm.generate(prompts, params, show_progress=False)
                     if turn:
                         times.append(time.perf_counter() - began)
             woven, plain = seconds.values()
-            tokens = args.requests * (prompt + answer)
+            tokens = requests * (prompt + answer)
             cells.append(
                 {
                     "prompt_tokens": prompt,
                     "output_tokens": answer,
+                    "requests": requests,
                     "plain_tokens_per_s": tokens / median(plain),
                     "woven_tokens_per_s": tokens / median(woven),
                     "gain": median(p / w for p, w in zip(plain, woven, strict=True)),
@@ -74,27 +80,27 @@ def measure(rate: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    lines = ["| link | prompt + answer | plain tokens/s | woven tokens/s | gain | steps woven |"]
-    lines.append("| --- |" + " --- |" * 5)
+    lines = ["| link | requests | prompt + answer | plain tokens/s | woven tokens/s | gain | steps woven |"]
+    lines.append("| --- |" + " --- |" * 6)
     for rate, cells in results.items():
         for cell in cells:
-            row = [rate, f"{cell['prompt_tokens']} + {cell['output_tokens']}"]
+            row = [rate, f"{cell['requests']}", f"{cell['prompt_tokens']} + {cell['output_tokens']}"]
             row += [f"{cell[f'{how}_tokens_per_s']:.0f}" for how in ("plain", "woven")]
             row += [f"{cell['gain']:.2f}x", f"{cell['steps_woven']} of {cell['steps']}"]
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
-def shape(text: str) -> tuple[int, int]:
-    prompt, answer = map(int, text.split(","))
-    return prompt, answer
+def shape(text: str) -> tuple[int, int, int]:
+    prompt, answer, requests = map(int, text.split(","))
+    return prompt, answer, requests
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Woven beside plain throughput over limited links.")
     parser.add_argument("--rates", nargs="+", default=["1gbit", "250mbit"])
-    parser.add_argument("--shapes", type=shape, nargs="+", default=[(512, 128), (1024, 128), (2048, 128)])
-    parser.add_argument("--requests", type=int, default=16)
+    default = [(512, 128, 32), (1024, 128, 16), (2048, 128, 16)]
+    parser.add_argument("--shapes", type=shape, nargs="+", default=default)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--model", type=Path, default=DIRECTORY, help="made when it is missing")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
@@ -109,7 +115,7 @@ def main() -> None:
     results = {rate: measure(rate, args) for rate in args.rates}
     command = f"python bench/mixed.py {' '.join(sys.argv[1:])}".strip()
     lines = ["# Woven beside plain throughput over limited links", "", table(results), ""]
-    lines += [f"{args.requests} requests at once; steps of both ways, of which half are never woven.", ""]
+    lines += ["Steps of both ways, of which half are never woven.", ""]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in describe().items()), ""]
     lines += [f"Command: `{command}`", ""]
     (RESULTS / f"mixed-{datetime.date.today().isoformat()}.md").write_text("\n".join(lines))
