@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +26,8 @@ class EngineConfig:
         device: "auto" takes CUDA where there is one.
         dtype: "auto" takes the checkpoint's.
         weave: whether batches are cut in two halves ("on" is strict, see DESIGN section 1).
-        selector: sparse attention method; none yet.
+        selector: which cached tokens long contexts read: a method's name, its settings (`weaveinf.Quest`) or
+            a mapping of its "name" and settings; None: all.
         max_model_len: tokens of prompt and output together; None: the model's own limit.
         seed: what requests without a seed of their own derive theirs from.
         revision: of the hub repository, applied to every file of it.
@@ -45,7 +46,7 @@ class EngineConfig:
     device: Device = "auto"
     dtype: DType = "auto"
     weave: Weave = "auto"
-    selector: str | None = None
+    selector: Any = None
     max_model_len: int | None = None
     seed: int = 0
     revision: str | None = None
@@ -73,8 +74,13 @@ class EngineConfig:
             )
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < 1 << 20:
             raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be positive")
-        if self.selector is not None:
-            raise ValueError(f"selector={self.selector!r} is not known to this version; use selector=None")
+        if isinstance(self.selector, str):
+            object.__setattr__(self, "selector", {"name": self.selector})
+        elif is_dataclass(self.selector) and not isinstance(self.selector, type):
+            name = getattr(self.selector, "name", None)
+            object.__setattr__(self, "selector", {"name": name} | asdict(self.selector))
+        elif self.selector is not None and not isinstance(self.selector, dict):
+            raise ValueError(f"selector={self.selector!r} is neither a name nor settings of a selector")
 
     @property
     def torch_device(self) -> torch.device:

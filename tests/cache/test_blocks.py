@@ -24,7 +24,9 @@ class Holders(RuleBasedStateMachine):
         self.prefixes: list[tuple[int, ...]] = []  # of each holder, as many pages as it holds
 
     def _chain(self, tokens: tuple[int, ...]) -> list[bytes]:
-        return self.blocks.chain(self.blocks.root(b""), tokens, b"")
+        return self.blocks.chain(
+            self.blocks.root(b""), tokens, [b""] * (len(tokens) // self.blocks.block_size)
+        )
 
     @rule(tokens=st.lists(st.integers(0, 1), max_size=5 * SIZE).map(tuple))
     def start(self, tokens: tuple[int, ...]) -> None:
@@ -84,17 +86,18 @@ TestHolders.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 @given(st.lists(st.integers(0, 2**40), max_size=40), st.integers(1, 7), st.integers(0, 40))
 def test_a_chain_can_be_continued(tokens: list[int], size: int, cut: int) -> None:
     blocks = BlockAllocator(1, size, KEY)
-    whole = blocks.chain(blocks.root(b"salt"), tokens, b"shape")
+    shapes = [b"shape"] * (len(tokens) // size)
+    whole = blocks.chain(blocks.root(b"salt"), tokens, shapes)
     assert len(whole) == len(tokens) // size
     first = min(cut // size, len(whole))
     parent = whole[first - 1] if first else blocks.root(b"salt")
-    assert blocks.chain(parent, tokens[first * size :], b"shape") == whole[first:]
+    assert blocks.chain(parent, tokens[first * size :], shapes[first:]) == whole[first:]
 
 
 def test_a_hash_covers_all_that_shaped_the_page() -> None:
     def last(tokens: list[int], salt: bytes = b"", shape: bytes = b"", key: bytes = KEY) -> bytes:
         blocks = BlockAllocator(1, 2, key)
-        return blocks.chain(blocks.root(salt), tokens, shape)[-1]
+        return blocks.chain(blocks.root(salt), tokens, [b""] * (len(tokens) // 2 - 1) + [shape])[-1]
 
     variants = [
         last([1, 2, 3, 4]),
@@ -111,7 +114,7 @@ def test_a_hash_covers_all_that_shaped_the_page() -> None:
 
 def test_the_least_recently_used_prefix_is_forgotten_first_and_from_its_end() -> None:
     blocks = BlockAllocator(5, 1, KEY)
-    chains = [blocks.chain(blocks.root(b""), [i, 7], b"") for i in range(2)]
+    chains = [blocks.chain(blocks.root(b""), [i, 7], [b"", b""]) for i in range(2)]
     held = [blocks.allocate(2) for _ in chains]
     for pages, chain in zip(held, chains, strict=True):
         for page, page_hash in zip(pages, chain, strict=True):
@@ -131,7 +134,7 @@ def test_the_least_recently_used_prefix_is_forgotten_first_and_from_its_end() ->
 
 def test_the_page_published_first_stays_the_shared_one() -> None:
     blocks = BlockAllocator(2, 1, KEY)
-    chain = blocks.chain(blocks.root(b""), [3], b"")
+    chain = blocks.chain(blocks.root(b""), [3], [b""])
     first, second = blocks.allocate(2)
     blocks.publish(first, chain[0])
     blocks.publish(second, chain[0])

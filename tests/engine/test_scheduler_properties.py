@@ -54,11 +54,18 @@ class Serving(RuleBasedStateMachine):
         self.budget = max_num_seqs - 1 + min(row_align, MAX_MODEL_LEN) + extra
         self.row_align, self.depth = row_align, depth
         self.blocks = BlockAllocator(num_blocks, size, b"key")
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, self.budget, MAX_MODEL_LEN, [EOS], row_align)
+        self.shapes: dict[int, bytes] = {}
+        self.scheduler = Scheduler(
+            self.blocks, max_num_seqs, self.budget, MAX_MODEL_LEN, [EOS], row_align, self.shape
+        )
         self.rank = SimulatedRank(num_blocks, size, max_num_seqs)
         self.under_way: deque[tuple[Step, StepOutput]] = deque()
         self.requests: list[Request] = []
         self.reported: dict[int, list[int]] = {}
+
+    def shape(self, request: Request, end: int) -> bytes:
+        """As a selector's: what is behind the prompt is shaped by more than its tokens."""
+        return self.shapes[request.id] if end > len(request.prompt_token_ids) else b""
 
     @rule(
         prompt=prompts,
@@ -68,7 +75,8 @@ class Serving(RuleBasedStateMachine):
     )
     def add(self, prompt: list[int], params: SamplingParams, salt: bytes, shape: bytes) -> None:
         first = len(self.requests)
-        for request in make_requests(first, prompt, params, VOCAB, 7, salt, shape):
+        for request in make_requests(first, prompt, params, VOCAB, 7, salt):
+            self.shapes[request.id] = shape
             limit = min(
                 MAX_MODEL_LEN,
                 self.room if params.max_tokens is None else len(prompt) + params.max_tokens,
@@ -136,7 +144,8 @@ class Serving(RuleBasedStateMachine):
                 # A page that is not yet full of known tokens is its request's alone.
                 own: object = request.id
                 if end <= request.num_known:
-                    own = (request.tokens(0, end), request.salt, request.shape)
+                    ends = range(self.blocks.block_size, end + 1, self.blocks.block_size)
+                    own = (request.tokens(0, end), request.salt, [self.shape(request, e) for e in ends])
                 assert contents.setdefault(page, own) == own
 
     @invariant()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ops.triton_checks import CASES
+from weaveinf.ops import flash_attention
 from weaveinf.ops.attention import paged_attention, paged_attention_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -41,4 +42,21 @@ def test_attention_replays_in_a_graph(rows: int) -> None:
     q.normal_()
     graph.replay()
     want = paged_attention_reference(*arguments)
+    torch.testing.assert_close(out, want, atol=1.6e-2, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 700])
+@pytest.mark.parametrize("window", [None, 300])
+def test_flash_attention_agrees(rows: int, window: int | None) -> None:
+    pytest.importorskip("flash_attn_interface")
+    torch.manual_seed(1)
+    keys, values = torch.randn(2, 256, 16, 2, 128, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(256, device="cuda").to(torch.int32).view(2, 128)
+    starts = torch.tensor([0, rows, 2 * rows], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([2000, 900], dtype=torch.int32, device="cuda")
+    q = torch.randn(2 * rows, 8, 128, device="cuda", dtype=torch.bfloat16)
+    positions = torch.cat([torch.arange(n - rows, n, device="cuda") for n in (2000, 900)]).int()
+    out = torch.full_like(q, torch.nan)
+    flash_attention.paged_attention(q, keys, values, table, starts, 128**-0.5, window, out, lengths)
+    want = paged_attention_reference(q, keys, values, table, starts, positions, 128**-0.5, window)
     torch.testing.assert_close(out, want, atol=1.6e-2, rtol=1.6e-2)

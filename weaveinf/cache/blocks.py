@@ -56,12 +56,13 @@ class BlockAllocator:
         """The hash that a chain of pages starts from."""
         return blake2b(salt, key=self._key, digest_size=16, person=b"weaveinf root").digest()
 
-    def chain(self, parent: bytes, token_ids: Sequence[int], shape: bytes) -> list[bytes]:
-        """The hashes of the full pages of `token_ids`, which follow a prefix hashed to `parent`."""
+    def chain(self, parent: bytes, token_ids: Sequence[int], shapes: Sequence[bytes]) -> list[bytes]:
+        """The hashes of the full pages of `token_ids`, which follow a prefix hashed to `parent`; shapes: what
+        else shaped each page."""
         size = self.block_size
         words = np.asarray(token_ids, np.int64).tobytes()
         hashes = []
-        for start in range(0, len(token_ids) // size * size * 8, size * 8):
+        for start, shape in zip(range(0, len(token_ids) // size * size * 8, size * 8), shapes, strict=True):
             page = blake2b(parent, key=self._key, digest_size=16, person=b"weaveinf page")
             page.update(words[start : start + size * 8])
             page.update(shape)  # last: all that comes before it has a fixed length

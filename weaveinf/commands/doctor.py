@@ -16,7 +16,7 @@ import torch
 from weaveinf import __version__
 from weaveinf.comm import segment
 from weaveinf.commands.report import Machine, write_json
-from weaveinf.ops import cuda, native
+from weaveinf.ops import cuda, flash_attention, native
 
 PACKAGES = (
     "torch",
@@ -102,7 +102,7 @@ def _choices(size: int) -> dict[str, Any]:
     """What the ranks would choose; at start-up each probes for itself and all vote."""
     kernels = f"{native.isa} build of csrc/cpu" if native.lib else f"torch: {native.reason}"
     if torch.cuda.is_available():
-        kernels = "Triton"
+        kernels = f"Triton{'; FlashAttention 3 where it is faster' if flash_attention.library else ''}"
     if size == 1:
         seam = "local: one rank has nothing to sum"
     elif torch.cuda.is_available():

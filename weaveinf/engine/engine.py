@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from typing import Any
 
 from weaveinf.cache.blocks import BlockAllocator
 from weaveinf.config import PAGE_SIZE
@@ -17,6 +18,7 @@ from weaveinf.engine.request import Request, SamplingParams, make_requests, mix_
 from weaveinf.engine.scheduler import Scheduler
 from weaveinf.engine.step import Step
 from weaveinf.engine.tokenizer import FILES, TextTokenizer, load_tokenizer
+from weaveinf.selectors.selector import Selector
 
 
 @dataclass(slots=True)
@@ -58,12 +60,26 @@ class Engine:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_model_len=self.model_config.max_model_len,
             eos_token_ids=self.model_config.eos_token_ids,
+            **self._selecting(worker.selector),
         )
         self._path = worker.path
         self._ids = count()
         self._seeds = count()
         self._sequences: dict[int, _Sequence] = {}
         self._under_way: deque[Step] = deque()
+
+    @staticmethod
+    def _selecting(selector: Selector | None) -> dict[str, Any]:
+        """What the scheduler must know of it."""
+        if selector is None:
+            return {}
+
+        def shape(request: Request, end: int) -> bytes:
+            asked = request.params.selector_budget
+            budget = selector.budgets.resolved(-1 if asked is None else asked)
+            return selector.shape(len(request.prompt_token_ids), end, budget)
+
+        return {"row_align": selector.row_align, "shape": shape}
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
@@ -112,7 +128,7 @@ class Engine:
         """Lets the ranks do one step; returns what came of it, or of one before it."""
         step = self.scheduler.schedule()
         if step is not None:
-            plan = self.executor.worker.weaver.plan(step.num_computed, step.num_query)
+            plan = self.executor.worker.weaver.plan(step.num_computed, step.num_query, step.num_prompt_tokens)
             step.cut, step.seam_ctas, step.why = plan.cut, plan.seam_ctas, plan.why
             self.executor.submit(step)
             self._under_way.append(step)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from weaveinf.cache.blocks import BlockAllocator, legal_cut
 from weaveinf.engine.request import Request
+
+Shape = Callable[[Request, int], bytes]
+"""What else than the tokens shaped the page of a request that ends at a position (a selector's settings)."""
 
 
 class Prefixes:
     """Prefix sharing of requests; the pages themselves are the allocator's."""
 
-    def __init__(self, blocks: BlockAllocator, row_align: int) -> None:
+    def __init__(self, blocks: BlockAllocator, row_align: int, shape: Shape) -> None:
         self._blocks = blocks
         self._row_align = row_align
+        self._shape = shape
 
     def hits(self, request: Request) -> list[int]:
         """Published pages that the request can start with, cut where a prompt may be cut."""
@@ -64,5 +70,8 @@ class Prefixes:
             parent = have[-1] if have else self._blocks.root(request.salt)
             size = self._blocks.block_size
             tokens = request.tokens(len(have) * size, count * size)
-            have += self._blocks.chain(parent, tokens, request.shape)
+            shapes = [
+                self._shape(request, end) for end in range((len(have) + 1) * size, count * size + 1, size)
+            ]
+            have += self._blocks.chain(parent, tokens, shapes)
         return have[:count]

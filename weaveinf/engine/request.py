@@ -72,8 +72,9 @@ class SamplingParams:
     temperature 0 is greedy (so is anything below 1e-5; the sampler divides by 0.01 at least).
     top_k 0 or -1 is off. max_tokens None: until the model stops or the context is full.
     logprobs: for each sampled token its own and that many best alternatives' log-probabilities,
-    of the model's raw logits. stop strings are cut from the text, stop token ids and the
-    end-of-sequence token stay in `token_ids`.
+    of the model's raw logits. selector_budget: how many cached tokens the engine's selector may choose for
+    this request, 0 for all, None for as many as its settings say. stop strings are cut from the text, stop
+    token ids and the end-of-sequence token stay in `token_ids`.
     """
 
     temperature: float = 1.0
@@ -93,6 +94,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    selector_budget: int | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -119,6 +121,7 @@ class SamplingParams:
             "max_tokens": (1, _INT32_MAX),
             "logprobs": (0, MAX_LOGPROBS),
             "prompt_logprobs": (0, MAX_LOGPROBS),
+            "selector_budget": (0, _INT32_MAX),
         }
         for name, (low, high) in optional.items():
             if getattr(self, name) is not None:
@@ -162,8 +165,6 @@ class Request:
     """Which of the user's n samples this is."""
     salt: bytes = b""
     """Requests share prefix pages only with those of the same salt."""
-    shape: bytes = b""
-    """What else than the tokens shaped this request's pages (a selector's settings)."""
 
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
@@ -268,7 +269,6 @@ def make_requests(
     vocab_size: int,
     fallback_seed: int,
     salt: bytes = b"",
-    shape: bytes = b"",
 ) -> list[Request]:
     """The n sequences of one prompt, ids first_id, first_id + 1, ...
 
@@ -282,7 +282,7 @@ def make_requests(
             if token >= vocab_size:
                 raise ValueError(f"{name} holds {token}, the vocabulary ends at {vocab_size - 1}")
     seed = fallback_seed if params.seed is None else params.seed
-    return [Request(first_id + i, prompt, params, mix_seed(seed, i), i, salt, shape) for i in range(params.n)]
+    return [Request(first_id + i, prompt, params, mix_seed(seed, i), i, salt) for i in range(params.n)]
 
 
 def _prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:

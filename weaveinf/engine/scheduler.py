@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from weaveinf.cache.blocks import BlockAllocator, legal_cut
-from weaveinf.engine.prefix import Prefixes
+from weaveinf.engine.prefix import Prefixes, Shape
 from weaveinf.engine.request import Request, TokenLogprob
 from weaveinf.engine.step import PER_SEQUENCE, Admission, SampledLogprobs, Step, StepOutput
 
@@ -46,7 +46,7 @@ class Scheduler:
 
     Requests are served in the order they were added; each keeps its place when it is preempted
     (the newest first, never the oldest, so that something always ends). `row_align`: where prompts
-    may be cut, see `legal_cut`. Not thread-safe.
+    may be cut, see `legal_cut`; `shape`: of pages, see there. Not thread-safe.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int],
         row_align: int = 1,
+        shape: Shape = lambda request, end: b"",
     ) -> None:
         if min(max_num_seqs, max_num_batched_tokens, row_align) < 1 or max_model_len < 2:
             raise ValueError(
@@ -79,7 +80,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self._row_align = row_align
-        self._prefixes = Prefixes(blocks, row_align)
+        self._prefixes = Prefixes(blocks, row_align, shape)
         self._requests: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()  # oldest first, all newer than any running one
         self._running: list[Request] = []  # oldest first
@@ -390,6 +391,7 @@ def _admission(request: Request) -> Admission:
         min_tokens=params.min_tokens,
         logprobs=-1 if request.logprobs is None else params.logprobs or 0,
         prompt_logprobs=-1 if request.prompt_logprobs is None else params.prompt_logprobs or 0,
+        selector_budget=-1 if params.selector_budget is None else params.selector_budget,
         banned_ids=np.array(banned, np.int64),
         bias_ids=np.array(list(bias), np.int64),
         bias_values=np.array(list(bias.values()), np.float64),

@@ -14,7 +14,7 @@ Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 Float64s = NDArray[np.float64]
 
-MAGIC = 0x77656176_00000002
+MAGIC = 0x77656176_00000003
 """First word of a packed step; its low half is the layout's version."""
 
 PER_SEQUENCE = (
@@ -29,7 +29,7 @@ PER_SEQUENCE = (
     "by_reference",
 )
 _LOWEST = np.array([[0], [0], [1], [0], [0], [0], [0], [-1], [0]], np.int32)
-_INTEGERS = ("slot", "seed", "top_k", "min_tokens", "logprobs", "prompt_logprobs")
+_INTEGERS = ("slot", "seed", "top_k", "min_tokens", "logprobs", "prompt_logprobs", "selector_budget")
 _FLOATS = (
     "temperature",
     "top_p",
@@ -57,8 +57,8 @@ class Admission:
     anew. `bias_values` is float64, the other arrays int64.
 
     temperature below 1e-5 is greedy. `logprobs` and `prompt_logprobs` are numbers of alternatives, -1 for
-    none at all. `banned_ids` must not be sampled while `output_position < min_tokens`. The token
-    ids seen so far are given only when a penalty counts them.
+    none at all; `selector_budget` -1 is the engine's. `banned_ids` must not be sampled while `output_position
+    < min_tokens`. The token ids seen so far are given only when a penalty counts them.
     """
 
     slot: int
@@ -73,6 +73,7 @@ class Admission:
     min_tokens: int = 0
     logprobs: int = -1
     prompt_logprobs: int = -1
+    selector_budget: int = -1
     banned_ids: Int64s = field(default_factory=_none)
     bias_ids: Int64s = field(default_factory=_none)
     bias_values: Float64s = field(default_factory=_no_values)

@@ -25,6 +25,8 @@ from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
+from weaveinf.selectors.registry import settings
+from weaveinf.selectors.selector import Heads, Selector
 from weaveinf.trace import Trace
 from weaveinf.weave import timeline
 from weaveinf.weave.timeline import Recorder
@@ -76,10 +78,14 @@ class Worker:
                 progress=progress,
             )
             self.max_blocks = -(-self.model_config.max_model_len // PAGE_SIZE)
-            self.num_pages = self._agree_on_pages(self.model.pool_specs)
-            self.pools = Pools(self.model.pool_specs, self.num_pages, PAGE_SIZE, ranks.device)
-            self.model.bind(self.pools)
-            self.weaver = Weaver(config, self.model_config, self.model, ranks, self.num_pages)
+            self.selector = self._selector(config)
+            specs = [*self.model.pool_specs, *(self.selector.pools if self.selector else ())]
+            self.num_pages = self._agree_on_pages(specs)
+            self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device)
+            if self.selector is not None:
+                self.selector.bind(self.pools)
+            self.model.bind(self.pools, self.selector)
+            self.weaver = Weaver(config, self.model_config, self.model, ranks, self.num_pages, self.selector)
             self.seam = self.weaver.seam
             if self.seam.name == "collective" and ranks.device.type == "cpu" and ranks.rank == 0:
                 log.warning("the ranks sum over TCP, which is slower than shared memory: %s", self.seam.why)
@@ -96,6 +102,25 @@ class Worker:
         self._table = np.zeros((config.max_num_seqs, self.max_blocks), np.int32)
         self._num_blocks = np.zeros(config.max_num_seqs, np.int64)
         self._iota = np.arange(config.max_num_seqs + 1, dtype=np.int32)
+
+    def _selector(self, config: EngineConfig) -> Selector | None:
+        if config.selector is None:
+            return None
+        chosen, model = settings(config.selector), self.model_config
+        if any(window is not None for window in model.windows):
+            raise ValueError(f"{chosen.name} cannot choose in a sliding window; use selector=None")
+        heads = Heads(
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            kv_heads=self.model.kv_heads,
+            ranks=self.ranks.size,
+            max_num_seqs=config.max_num_seqs,
+            dtype=self.dtype,
+            device=self.ranks.device,
+        )
+        return chosen.make(heads, PAGE_SIZE)
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
         """Pages of the cache: what the rank with the least room can hold, at most what can be used."""
@@ -149,6 +174,8 @@ class Worker:
         for admission in step.admissions:
             self.sampler.admit(admission)
             self._num_blocks[admission.slot] = 0
+            if self.selector is not None:
+                self.selector.admit(admission.slot, admission.selector_budget)
         if self.weaver.recorder is not None:
             self.weaver.recorder.begin(step.number)
         with torch.cuda.device(self.ranks.device) if self._on_gpu else nullcontext():

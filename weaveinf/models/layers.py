@@ -27,6 +27,7 @@ from weaveinf.ops.linear import PackedWeight, linear
 from weaveinf.ops.moe import ExpertWeights, moe, route
 from weaveinf.ops.norm import rms_norm
 from weaveinf.ops.rope import rope_, write_kv
+from weaveinf.selectors.selector import Selector
 
 T = TypeVar("T")
 _KEPT = 32  # row counts of either half, for each kind of block
@@ -189,46 +190,49 @@ class Attention:
         self.o = parts.closes(weights.packed(o), config.output_bias)
         self.o_bias = parts.row_bias(config.output_bias, f"{name}.o_proj.bias", config.hidden_size)
         self.keys = self.values = torch.empty(0)
+        self.selector: Selector | None = None
 
-    def bind(self, pools: Pools) -> None:
-        """Gives the layer its pages: [num_pages, page_size, kv_heads, head_dim]."""
+    def bind(self, pools: Pools, selector: Selector | None) -> None:
+        """Gives the layer its pages, [num_pages, page_size, kv_heads, head_dim], and what chooses of them."""
         self.keys, self.values = pools["key"][self.layer], pools["value"][self.layer]
+        self.selector = selector
 
-    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> Kept:
+    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> Kept | Generator[Tensor, Tensor, Kept]:
         assert x is not None
-        if self.q is not None:
-            return self._last(x, batch, out, self.q)
-        s = self.scratch.get("attention", x.shape[0], self._heads)
-        linear(x, self.qkv, self.qkv_bias, out=s.qkv)
+        s = self.scratch.get("attention, keys" if self.last else "attention", x.shape[0], self._heads)
+        linear(x, self.qkv, self.qkv_bias, out=s.kv_rows if self.last else s.qkv)
         if self.q_norm is not None and self.k_norm is not None:
-            rms_norm(s.q, self.q_norm, self.eps, out=s.q)
+            if not self.last:
+                rms_norm(s.q, self.q_norm, self.eps, out=s.q)
             rms_norm(s.k, self.k_norm, self.eps, out=s.k)
-        rope_(s.qk, self.rotary, batch.positions)
+        rope_(s.k if self.last else s.qk, self.rotary, batch.positions)
         write_kv(s.k, s.v, self.keys, self.values, batch.slot_mapping)
-        self._attend(s, batch, out)
-        return None
+        if self.selector is not None:
+            self.selector.write(self.layer, s.k, self.keys, batch)
+        if self.q is None:
+            return self._attend(s, batch, out, None)
+        kept = batch.logit_rows if batch.logit_rows.shape[0] < batch.num_tokens else None
+        # Rows of a prompt that choose together need the queries of all of them.
+        if kept is None or (self.selector is not None and self.selector.row_align > 1):
+            return self._attend(self._last_queries(x, batch, self.q), batch, out, kept)
+        batch = batch.take(kept)
+        done = self._attend(self._last_queries(x[kept], batch, self.q), batch, out[: len(kept)], None)
+        return _returning(done, kept) if isinstance(done, Generator) else kept
 
-    def _last(self, x: Tensor, batch: Batch, out: Tensor, w_q: PackedWeight) -> Kept:
-        s = self.scratch.get("attention, keys", x.shape[0], self._heads)
-        linear(x, self.qkv, self.qkv_bias, out=s.kv_rows)
-        if self.k_norm is not None:
-            rms_norm(s.k, self.k_norm, self.eps, out=s.k)
-        rope_(s.k, self.rotary, batch.positions)
-        write_kv(s.k, s.v, self.keys, self.values, batch.slot_mapping)
-        kept = None
-        if batch.logit_rows.shape[0] < batch.num_tokens:
-            kept = batch.logit_rows
-            x, batch = x[kept], batch.take(kept)
-            s = self.scratch.get("attention, queries", x.shape[0], self._heads)
-            out = out[: x.shape[0]]
+    def _last_queries(self, x: Tensor, batch: Batch, w_q: PackedWeight) -> _Heads:
+        s = self.scratch.get("attention, queries", x.shape[0], self._heads)
         linear(x, w_q, self.q_bias, out=s.q_rows)
         if self.q_norm is not None:
             rms_norm(s.q, self.q_norm, self.eps, out=s.q)
         rope_(s.q, self.rotary, batch.positions)
-        self._attend(s, batch, out)
-        return kept
+        return s
 
-    def _attend(self, s: _Heads, batch: Batch, out: Tensor) -> None:
+    def _attend(
+        self, s: _Heads, batch: Batch, out: Tensor, kept: Kept
+    ) -> Kept | Generator[Tensor, Tensor, Kept]:
+        """Attention and the output's product; of all rows, or of those kept."""
+        if self.selector is not None:
+            return self._attend_to_some(s, batch, out, kept, self.selector)
         paged_attention(
             s.q,
             self.keys,
@@ -239,8 +243,23 @@ class Attention:
             self.scale,
             self.window,
             out=s.mixed_heads,
+            seq_lens=batch.seq_lens,
         )
         linear(s.mixed, self.o, self.o_bias, out=out)
+        return None
+
+    def _attend_to_some(
+        self, s: _Heads, batch: Batch, out: Tensor, kept: Kept, selector: Selector
+    ) -> Generator[Tensor, Tensor, Kept]:
+        # While a vote is under way, another half may use the scratch memory: the queries go along.
+        q = s.q.clone()
+        for segment in (yield from selector.choose(self.layer, q, self.keys, batch)):
+            segment.attend(q, self.keys, self.values, self.scale, s.mixed_heads)
+        if kept is None:
+            linear(s.mixed, self.o, self.o_bias, out=out)
+        else:
+            linear(s.mixed[kept], self.o, self.o_bias, out=out[: len(kept)])
+        return kept
 
     def _heads(self, count: int) -> _Heads:
         h, kv, d = self.heads, self.kv_heads, self.dim
@@ -258,6 +277,11 @@ class Attention:
             mixed,
             mixed.view(count, h, d),
         )
+
+
+def _returning(block: Generator[Tensor, Tensor, Kept], kept: Tensor) -> Generator[Tensor, Tensor, Kept]:
+    yield from block
+    return kept
 
 
 class Mlp:
@@ -354,6 +378,7 @@ class Model:
     Attributes:
         chain: (block, joint) pairs; the joint is the norm that follows the block.
         head: rows [rows, hidden] of the last seam -> float32 [rows, vocab_shard].
+        kv_heads: this rank's, of the whole model's.
         vocab_start, vocab_shard: this rank's token ids are the range of that start and length.
         scratch: what all blocks share.
         closing: the weights of products that are all of a block's partial sums, without a bias.
@@ -381,12 +406,13 @@ class Model:
         self.closing = parts.closing
         self.scratch = parts.scratch
         self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
+        self.kv_heads = share.kv_heads
         shape = (len(share.kv_heads), config.head_dim)
         self.pool_specs = [
             PoolSpec(name, shape, parts.weights.dtype, config.num_layers) for name in ("key", "value")
         ]
 
-    def bind(self, pools: Pools) -> None:
-        """Gives every attention layer its pages; needed before the first run."""
+    def bind(self, pools: Pools, selector: Selector | None = None) -> None:
+        """Gives every attention layer its pages, and what chooses of them; needed before the first run."""
         for attention in self._attentions:
-            attention.bind(pools)
+            attention.bind(pools, selector)

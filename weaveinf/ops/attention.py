@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -58,6 +59,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     out: Tensor | None = None,
+    seq_lens: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of q [rows, Hq, D] over keys and values in pages -> [rows, Hq, D].
 
@@ -66,13 +68,21 @@ def paged_attention(
     (positions: int32 [rows], >= 0) reads the keys at max(0, p - sliding_window + 1) to p; no other slot or
     page matters, whatever is there. The rows of a sequence ascend in position but need not be consecutive.
     Query head h reads KV head h // (Hq // Hkv). On CPU the last dims of q, out and block_table, and all of
-    cu_seqlens_q and positions, must be contiguous; out may lie in wider rows.
+    cu_seqlens_q and positions, must be contiguous; out may lie in wider rows. seq_lens (int32 [S]) may be
+    given where each sequence's rows are the last of so many positions, without a gap: then FlashAttention may
+    run.
     """
     if q.is_cuda:
-        from weaveinf.ops import triton_attention
-
-        return triton_attention.paged_attention(
-            q, key_pool, value_pool, block_table, cu_seqlens_q, positions, scale, sliding_window, out
+        return _on_gpu(
+            q,
+            (key_pool, value_pool),
+            block_table,
+            cu_seqlens_q,
+            positions,
+            scale,
+            sliding_window,
+            out,
+            seq_lens,
         )
     if native.lib is None or q.dtype not in native.DTYPES:
         return paged_attention_reference(
@@ -105,3 +115,26 @@ def paged_attention(
         scale,
     )
     return out
+
+
+def _on_gpu(
+    q: Tensor,
+    pools: tuple[Tensor, Tensor],
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None,
+    out: Tensor | None,
+    seq_lens: Tensor | None,
+) -> Tensor:
+    from weaveinf.ops import flash_attention, triton_attention
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    where = (q, *pools, block_table, cu_seqlens_q)
+    ours = partial(triton_attention.paged_attention, *where, positions, scale, window, out)
+    if seq_lens is None or not q.numel() or not flash_attention.takes(q):
+        return ours()
+    theirs = partial(flash_attention.paged_attention, *where, scale, window, out, seq_lens)
+    many = q.shape[0] > 4 * len(seq_lens)
+    return flash_attention.choose(ours, theirs, (many, q.dtype, q.shape[1:], pools[0].shape[2], window))()

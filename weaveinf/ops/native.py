@@ -50,6 +50,8 @@ _LAYOUTS = {
     "weave_draw": "P4n3Pn",
     "weave_silu_mul": "PnP5n",
     "weave_attention": "7P13nd",
+    "weave_votes": "6P11nd",
+    "weave_top_k": "5P4n",
     "weave_replay": "Pn",
 }
 """The arguments of the kernels: the structs of csrc/cpu, for the `struct` module."""

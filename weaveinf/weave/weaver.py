@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from weaveinf import __version__
 from weaveinf.cache.batch import Batch
+from weaveinf.cache.blocks import legal_cut
 from weaveinf.comm.aid import aid
 from weaveinf.comm.choose import make_seam
 from weaveinf.comm.ranks import Ranks
@@ -30,6 +32,7 @@ from weaveinf.weave.timeline import Recorder, Span
 
 if TYPE_CHECKING:
     from weaveinf.models.layers import Model
+    from weaveinf.selectors.selector import Selector
 
 _PROBE_ROWS = 1024
 
@@ -49,22 +52,30 @@ class Weaver:
     """
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, model: Model, ranks: Ranks, num_pages: int
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: Model,
+        ranks: Ranks,
+        num_pages: int,
+        selector: Selector | None,
     ) -> None:
         self._ranks, self._model, self._config = ranks, model, model_config
         self._on_cpu = ranks.device.type == "cpu"
         self._most = config.max_num_batched_tokens
         self._tokens = min(model_config.max_model_len, num_pages * PAGE_SIZE)
         self._dtype = model.pool_specs[0].dtype
+        self._row_align = selector.row_align if selector is not None else 1
         self.seams = [self._seam()]
         self.seam = self.seams[0]
         self.recorder: Recorder | None = None
         self.planner: Planner | None = None
         self.repeated: Graphs | Tapes | None = None
+        # What a selector does depends on more than a step's shape: nothing is kept of its steps.
         if self._on_cpu:
-            if ranks.size == 1 or self.seam.fused:
+            if selector is None and (ranks.size == 1 or self.seam.fused):
                 self.repeated = Tapes(self._run, model.scratch.memory)
-        else:
+        elif selector is None:
             only_decode = self.seam.name == "collective"
             self.repeated = Graphs(self._run, model.scratch.memory, self._most, only_decode, ranks.device)
         self.why = self._objection(config)
@@ -103,10 +114,39 @@ class Weaver:
             chain, seams = recorder.chain(chain), recorder.seams(seams)
         return run(chain, halves, seams, self._ranks.votes, ctas)
 
-    def plan(self, num_computed: NDArray[np.int32], num_query: NDArray[np.int32]) -> Plan:
+    def plan(
+        self,
+        num_computed: NDArray[np.int32],
+        num_query: NDArray[np.int32],
+        num_prompt_tokens: NDArray[np.int32],
+    ) -> Plan:
         """How a step of these sequences is to run; without a planner it predicts nothing."""
         if self.why:
             return unplanned(0, self.why)
+        plan = self._plan(num_computed, num_query)
+        if self._row_align > 1 and plan.cut:
+            cut = self._legal(plan.cut, num_computed, num_query, num_prompt_tokens)
+            plan = replace(plan, cut=cut) if cut else unplanned(0, "the selector allows no cut")
+        return plan
+
+    def _legal(
+        self,
+        cut: int,
+        num_computed: NDArray[np.int32],
+        num_query: NDArray[np.int32],
+        num_prompt_tokens: NDArray[np.int32],
+    ) -> int:
+        """The last cut up to `cut` that the selector allows, or the end of the sequence that it falls into; 0
+        where that is the step's."""
+        ends = np.cumsum(num_query)
+        s = int(np.searchsorted(ends, cut, "left"))
+        start = int(ends[s] - num_query[s])
+        position = int(num_computed[s]) + cut - start
+        legal = legal_cut(position, int(num_prompt_tokens[s]), self._row_align) - int(num_computed[s])
+        found = start + max(legal, 0) or int(ends[s])
+        return found if found < ends[-1] else 0
+
+    def _plan(self, num_computed: NDArray[np.int32], num_query: NDArray[np.int32]) -> Plan:
         rows = int(num_query.sum())
         if isinstance(self.repeated, Graphs):
             rows = self.repeated.planned(rows)

@@ -1,0 +1,274 @@
+// Choosing cached tokens (weaveinf/ops/select.py): how much each KV head's queries want each key, and the
+// positions of the largest scores.
+
+#include <algorithm>
+#include <vector>
+
+#include "attention_row.h"
+
+namespace weave {
+namespace {
+
+// What weaveinf/ops/select.py packs, in its order. Strides in elements; out: [rows, kv_heads, width]. Keys
+// before firsts[row] and from ends[row] on get an infinite vote.
+struct Wish {
+  const void *q, *keys;
+  float* out;
+  const int32_t *table, *firsts, *ends;
+  index_t q_row, q_head, table_row, rows, heads, kv_heads, dim, page_size, width, dtype, threads;
+  double scale;
+};
+
+constexpr index_t SHARE = 2048;  // keys of a task
+
+thread_local Scratch wish_scratch, score_scratch;
+
+// A row's scores lie as [kv head][chunk of H heads][key][H]. `tops` and `totals` are per share, [head lanes].
+template <class T, int H>
+struct Row {
+  const Wish& w;
+  const Call& c;
+  index_t row, first, end, chunks, all, keys;
+  float *q, *scores, *tops, *totals;
+
+  float* of(index_t chunk) const { return scores + chunk * (keys + LANES) * H; }
+
+  void place_queries() {
+    const index_t group = c.group(), size = H * c.dim;
+    __builtin_memset(q, 0, size_t(all * size) * 4);
+    for (index_t head = 0; head < c.heads; ++head) {
+      float* to = q + (head / group * chunks + head % group / H) * size + head % group % H * c.dim;
+      const T* from = static_cast<const T*>(w.q) + row * w.q_row + head * w.q_head;
+      for_vectors<1>(c.dim, [&](index_t d, auto vectors) {
+        vf x[vectors];
+        load_vectors(from + d, x);
+        for (int v = 0; v < vectors; ++v) store(to + d + v * LANES, x[v] * float(w.scale));
+      });
+    }
+  }
+
+  // Scores of the share's keys and the highest of each head.
+  void score(index_t share) {
+    const Task t{row, 0, c.kv_heads, row, 1, first, end, nullptr, 1};
+    const index_t from = first + share * SHARE, to = std::min(from + SHARE, end);
+    const index_t bytes = c.kv_heads * c.dim * index_t(sizeof(T));
+    const T *rows[2][KEYS], *heads[KEYS + LANES];
+    for (index_t i = 0; i < all; ++i) store(tops + (share * all + i) * LANES, splat(NEVER));
+    const auto locate = [&](index_t key, const T** where) {
+      const index_t count = std::min<index_t>(to - key, KEYS);
+      if (count > 0) find(c, t, w.keys, key, count, where);
+      return count;
+    };
+    index_t count = 0, next = locate(from, rows[0]);
+    Feed{reinterpret_cast<const char* const*>(rows[0]), next, bytes, 1}(1 << 20);
+    for (index_t key = from, turn = 0; key < to; key += count, turn ^= 1) {
+      count = next;
+      next = locate(key + count, rows[turn ^ 1]);
+      Feed feed{reinterpret_cast<const char* const*>(rows[turn ^ 1]), std::max<index_t>(next, 0), bytes};
+      feed.rate = ceil_div(feed.count * ceil_div(bytes, 64), all * ceil_div(count, LANES / H) * SCORE_LINES);
+      for (index_t kv = 0; kv < c.kv_heads; ++kv) {
+        for (index_t i = 0; i < count; ++i) heads[i] = rows[turn][i] + kv * c.dim;
+        for (index_t i = count; i % (LANES / H); ++i) heads[i] = heads[count - 1];
+        for (index_t i = kv * chunks; i < (kv + 1) * chunks; ++i) {
+          float block[KEYS * H + LANES];
+          score_row<H>(q + i * H * c.dim, c.dim, heads, count, block, feed);
+          for (index_t s = count * H; s % LANES; ++s) block[s] = NEVER;
+          float* out = of(i) + (key - first) * H;
+          float* best = tops + (share * all + i) * LANES;
+          vf top = load<vf>(best);
+          for (index_t s = 0; s < count * H; s += LANES) {
+            const vf raw = load<vf>(block + s), x = raw != raw ? splat(NEVER) : raw;  // a NaN is no score
+            store(block + s, x);
+            top = max(x, top);
+          }
+          store(best, top);
+          __builtin_memcpy(out, block, size_t(count * H) * 4);
+        }
+      }
+    }
+  }
+
+  // Lane i of a chunk: of all shares, head i % H.
+  template <class F>
+  void over_shares(float* values, index_t shares, F&& f) {
+    for (index_t i = 0; i < all; ++i) {
+      vf x = load<vf>(values + i * LANES);
+      for (index_t s = 1; s < shares; ++s) x = f(x, load<vf>(values + (s * all + i) * LANES));
+      store(values + i * LANES, fold_lanes<H>(x, f));
+    }
+  }
+
+  // exp(score - highest) in place, and its sums.
+  void exponentials(index_t share, float* sums) {
+    const index_t from = share * SHARE, to = std::min(from + SHARE, keys);
+    for (index_t i = 0; i < all; ++i) {
+      const vf top = load<vf>(tops + i * LANES);
+      float* x = of(i);
+      vf total{};
+      index_t s = from * H;
+      for (; s + LANES <= to * H; s += LANES) {
+        const vf e = exp_below(load<vf>(x + s), top);
+        store(x + s, e);
+        total += e;
+      }
+      if (s < to * H) {
+        float rest[LANES];
+        for (int j = 0; j < LANES; ++j) rest[j] = s + j < to * H ? x[s + j] : NEVER;
+        const vf e = exp_below(load<vf>(rest), top);
+        store(rest, e);
+        __builtin_memcpy(x + s, rest, size_t(to * H - s) * 4);
+        total += e;
+      }
+      store(sums + (share * all + i) * LANES, total);
+    }
+  }
+
+  void vote(index_t share) {
+    const index_t from = share * SHARE, to = std::min(from + SHARE, keys);
+    for (index_t kv = 0; kv < c.kv_heads; ++kv) {
+      float* out = w.out + (row * c.kv_heads + kv) * w.width + first;
+      for (index_t i = 0; i < chunks; ++i) {
+        float weight[H];
+        for (int h = 0; h < H; ++h) {  // heads that the chunk lacks, or without a score, have no vote
+          const float total = totals[(kv * chunks + i) * LANES + h];
+          weight[h] = i * H + h < c.group() && total > 0 ? 1 / total : 0.0f;
+        }
+        const float* x = of(kv * chunks + i);
+        for (index_t key = from; key < to; ++key) {
+          float sum = i ? out[key] : 0.0f;
+          UNROLL for (int h = 0; h < H; ++h) sum += x[key * H + h] * weight[h];
+          out[key] = sum;
+        }
+      }
+    }
+  }
+};
+
+template <class T, int H>
+void votes(const Wish& w, const Call& c) {
+  const index_t chunks = ceil_div(c.group(), H), all = c.kv_heads * chunks;
+  index_t most = 0;
+  for (index_t r = 0; r < w.rows; ++r) most = std::max<index_t>(most, w.ends[r] - w.firsts[r]);
+  const index_t shares_most = ceil_div(most, SHARE);
+  float* at = wish_scratch.get<float>(all * (H * c.dim + (most + LANES) * H + 2 * shares_most * LANES) + 64);
+  for (index_t r = 0; r < w.rows; ++r) {
+    Row<T, H> row{w, c, r, w.firsts[r], w.ends[r], chunks, all, w.ends[r] - w.firsts[r], nullptr, nullptr,
+                  nullptr, nullptr};
+    for (index_t kv = 0; kv < c.kv_heads; ++kv) {
+      float* out = w.out + (r * c.kv_heads + kv) * w.width;
+      std::fill(out, out + std::min<index_t>(row.first, w.width), -NEVER);
+      std::fill(out + std::min<index_t>(std::max(row.first, row.end), w.width), out + w.width, -NEVER);
+    }
+    if (row.keys <= 0) continue;
+    const index_t shares = ceil_div(row.keys, SHARE);
+    row.q = at, row.tops = at + all * H * c.dim, row.totals = row.tops + shares * all * LANES;
+    row.scores = row.totals + shares * all * LANES;
+    row.place_queries();
+    const int threads = shares > 1 ? int(w.threads) : 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    for (index_t s = 0; s < shares; ++s) row.score(s);
+    row.over_shares(row.tops, shares, [](vf a, vf b) { return max(a, b); });
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (index_t s = 0; s < shares; ++s) row.exponentials(s, row.totals);
+    row.over_shares(row.totals, shares, [](vf a, vf b) { return a + b; });
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (index_t s = 0; s < shares; ++s) row.vote(s);
+  }
+}
+
+template <class T, int H = 1>
+void votes_of(const Wish& w, const Call& c) {
+  if constexpr (H < MOST_HEADS) {
+    if (H < c.group()) return votes_of<T, 2 * H>(w, c);
+  }
+  votes<T, H>(w, c);
+}
+
+// ---- the largest
+
+// What weaveinf/ops/select.py packs. scores: [rows, width], of which ends[row] count; out: [rows, capacity].
+struct Top {
+  const float* scores;
+  const int32_t *ends, *wanted;
+  int32_t *out, *counts;
+  index_t rows, width, capacity, threads;
+};
+
+struct Candidate {
+  float score;
+  int32_t at;
+  bool operator<(const Candidate& other) const {  // better ones first
+    return score > other.score || (score == other.score && at < other.at);
+  }
+};
+
+// Positions of the k best of x[0..n), ascending. Of the highest scores of as many blocks as k, all scores that
+// count are at least the lowest: blocks below it are not looked into.
+index_t top_of_row(const float* x, index_t n, index_t k, int32_t* out) {
+  static thread_local std::vector<float> highest, sorted;
+  static thread_local std::vector<Candidate> found;
+  if (k <= 0) return 0;
+  if (n <= k) {
+    for (index_t i = 0; i < n; ++i) out[i] = int32_t(i);
+    return n;
+  }
+  index_t block = 1;
+  while (block < 64 && n >= 8 * block * k) block *= 2;
+  block = std::max<index_t>(block, 4);
+  const index_t blocks = ceil_div(n, block);
+  highest.resize(size_t(blocks));
+  for (index_t b = 0; b < blocks; ++b) {
+    float best = NEVER;
+    for (index_t i = b * block; i < std::min(n, (b + 1) * block); ++i) best = x[i] > best ? x[i] : best;
+    highest[size_t(b)] = best;
+  }
+  float least = NEVER;
+  if (blocks > k) {
+    sorted = highest;
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
+    least = sorted[size_t(k - 1)];
+  }
+  found.clear();
+  for (index_t b = 0; b < blocks; ++b) {
+    if (highest[size_t(b)] < least) continue;
+    for (index_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
+      const float score = x[i] == x[i] ? x[i] : NEVER;
+      if (score >= least) found.push_back({score, int32_t(i)});
+    }
+  }
+  std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
+  for (index_t i = 0; i < k; ++i) out[i] = found[size_t(i)].at;
+  std::sort(out, out + k);
+  return k;
+}
+
+}  // namespace
+}  // namespace weave
+
+extern "C" int weave_votes(const void* packed) {
+  using namespace weave;
+  const auto w = unpack<Wish>(packed);
+  const Call c{w.q,     w.keys,  nullptr, nullptr,     w.table,    nullptr, nullptr,     w.q_row, w.q_head,
+               0,       0,       w.table_row, w.rows,  w.heads,    w.kv_heads, w.dim, w.page_size, 0,
+               w.dtype, w.threads, w.scale};
+  if (w.dtype == BFLOAT16)
+    votes_of<bf16>(w, c);
+  else
+    votes_of<float>(w, c);
+  return 0;
+}
+
+extern "C" int weave_top_k(const void* packed) {
+  using namespace weave;
+  const auto c = unpack<Top>(packed);
+  const int threads = c.rows > 1 ? int(c.threads) : 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (index_t r = 0; r < c.rows; ++r) {
+    int32_t* out = c.out + r * c.capacity;
+    const index_t count = top_of_row(c.scores + r * c.width, std::min<index_t>(c.ends[r], c.width),
+                                     std::min<index_t>(c.wanted[r], c.capacity), out);
+    c.counts[r] = int32_t(count);
+    std::fill(out + count, out + c.capacity, -1);
+  }
+  return 0;
+}

@@ -1,0 +1,161 @@
+"""Votes, the best of them, and attention over what was chosen, against their references: every build, odd
+sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
+from weaveinf.ops import native, select
+from weaveinf.ops.attention import paged_attention_reference
+
+# (query heads, KV heads, head size, page size)
+SHAPES = [(4, 1, 64, 16), (8, 8, 32, 5), (14, 2, 128, 16), (16, 1, 80, 32), (12, 4, 96, 1), (3, 3, 16, 3)]
+SPANS = [(0, 1), (3, 3), (0, 700), (128, 2500), (5, 64), (17, 4200)]
+
+
+def paged(
+    spans: list[tuple[int, int]], kv_heads: int, dim: int, page: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys in pages in random order, NaN in slots before and behind each row's span; and the tables."""
+    counts = [-(-end // page) for _, end in spans]
+    order = torch.randperm(sum(counts)).to(torch.int32)
+    pool = poisoned(len(order), page, kv_heads, dim, dtype=dtype)
+    table = torch.zeros(len(spans), max(counts), dtype=torch.int32)
+    at = 0
+    for r, (first, end) in enumerate(spans):
+        table[r, : counts[r]] = order[at : at + counts[r]]
+        at += counts[r]
+        where = torch.arange(first, end)
+        slots = table[r, where // page].long() * page + where % page
+        pool.view(-1, kv_heads, dim)[slots] = torch.randn(end - first, kv_heads, dim).to(dtype)
+    return pool, table
+
+
+@needs_kernels
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_votes(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    use(monkeypatch, build)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.manual_seed(1)
+    heads, kv_heads, dim, page = shape
+    pool, table = paged(SPANS, kv_heads, dim, page, dtype)
+    firsts, ends = torch.tensor(SPANS, dtype=torch.int32).T.contiguous()
+    width = int(ends.max()) + 3
+    q = torch.randn(len(SPANS), heads + 2, dim).to(dtype)[:, 1:-1]
+    got = select.votes(q, pool, table, firsts, ends, width, dim**-0.5)
+    clean = pool.nan_to_num()
+    want = select.votes_reference(q.double(), clean.double(), table, firsts, ends, width, dim**-0.5)
+    outside = want.isinf()
+    assert torch.equal(got.isinf(), outside)
+    # exp multiplies a score's error, which is of its own sum of `dim` products
+    close(got.masked_fill(outside, 0), want.masked_fill(outside, 0).float(), 64, 1.0)
+    assert torch.allclose(
+        got.masked_fill(outside, 0).sum(-1)[2:], torch.full((4, kv_heads), heads / kv_heads), rtol=1e-4
+    )
+
+
+@needs_kernels
+def test_a_score_that_is_no_number_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    pool, table = paged([(0, 90)], 2, 32, 16, torch.float32)
+    pool.view(-1, 2, 32)[table[0, 1] * 16 + 3, 1] = torch.nan
+    q = torch.randn(1, 4, 32)
+    given_ = (
+        q,
+        pool,
+        table,
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([90], dtype=torch.int32),
+        90,
+        1.0,
+    )
+    got, want = select.votes(*given_), select.votes_reference(*given_)
+    assert got[0, 1, 19] == want[0, 1, 19] == 0
+    close(got, want, 64, 1.0)
+
+
+def brute(scores: list[float], end: int, k: int) -> list[int]:
+    clean = [float("-inf") if x != x else x for x in scores[:end]]
+    return sorted(sorted(range(end), key=lambda i: (-clean[i], i))[:k])
+
+
+@needs_kernels
+@given(st.data())
+def test_top_k_is_brute_force(data: st.DataObject) -> None:
+    width = data.draw(st.integers(1, 400))
+    value = st.one_of(st.integers(-3, 3).map(float), st.floats(width=32))
+    scores = data.draw(st.lists(value, min_size=width, max_size=width))
+    end, wanted = data.draw(st.integers(0, width)), data.draw(st.integers(0, width))
+    capacity = wanted + data.draw(st.integers(0, 3))
+    rows = torch.tensor([scores, [0.0] * width], dtype=torch.float32)
+    ends = torch.tensor([end, width], dtype=torch.int32)
+    k = torch.tensor([wanted, wanted], dtype=torch.int32)
+    for choose in (select.top_k, select.top_k_reference):
+        index, counts = choose(rows, ends, k, capacity)
+        want = brute(rows[0].tolist(), end, wanted)
+        assert counts.tolist() == [len(want), wanted]
+        assert index[0].tolist() == want + [-1] * (capacity - len(want))
+        assert index[1, :wanted].tolist() == list(range(wanted))  # ties: the lowest
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [5000, 131072])
+@pytest.mark.parametrize("k", [1, 256, 2048])
+def test_top_k_of_many(width: int, k: int) -> None:
+    torch.manual_seed(3)
+    scores = (torch.randn(3, width) * 8).to(torch.bfloat16).float()  # many ties
+    ends = torch.tensor([width, width - 7, 300], dtype=torch.int32)
+    wanted = torch.full((3,), k, dtype=torch.int32)
+    got, want = select.top_k(scores, ends, wanted, k), select.top_k_reference(scores, ends, wanted, k)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_attention_by_head_reads_what_was_chosen(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
+    if not kernels:
+        monkeypatch.setattr(native, "lib", None)
+    torch.manual_seed(4)
+    heads, kv_heads, dim, page = 8, 2, 32, 16
+    keys, table = paged([(0, 300), (0, 77)], kv_heads, dim, page, torch.float32)
+    values = torch.randn_like(keys)
+    q = torch.randn(2, heads, dim)
+    counts = torch.tensor([[40, 12], [1, 77]], dtype=torch.int32)
+    index = torch.full((2, kv_heads, 77), -1, dtype=torch.int32)
+    for r, length in enumerate((300, 77)):
+        for g in range(kv_heads):
+            n = int(counts[r, g])
+            index[r, g, :n] = torch.randperm(length)[:n].sort().values.int()
+    slots = select.slots(index.flatten(0, 1), table.repeat_interleave(kv_heads, 0), page).view(index.shape)
+    out = torch.full_like(q, torch.nan)
+    select.attend_by_head(q, keys, values, slots, counts, 0.3, out)
+    for r in range(2):
+        for head in range(heads):
+            g = head // (heads // kv_heads)
+            chosen = slots[r, g, : counts[r, g]].long()
+            k, v = (pool.view(-1, kv_heads, dim)[chosen, g].double() for pool in (keys, values))
+            want = (k @ q[r, head].double() * 0.3).softmax(0) @ v
+            close(out[r, head], want.float(), 8, float(v.abs().max()))
+
+
+def test_all_tokens_are_dense_attention() -> None:
+    torch.manual_seed(5)
+    pool, table = paged([(0, 130)], 2, 32, 16, torch.float32)
+    values = torch.randn_like(pool)
+    pool = pool.nan_to_num()
+    q = torch.randn(3, 4, 32)
+    positions = torch.tensor([127, 128, 129], dtype=torch.int32)
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    slots = select.slots(torch.arange(130, dtype=torch.int32)[None], table, 16)
+    got = select.attend(q, pool, values, slots, starts, positions, 0.2, torch.full_like(q, torch.nan))
+    want = paged_attention_reference(q, pool, values, table, starts, positions, 0.2)
+    close(got, want, 8, 4.0)

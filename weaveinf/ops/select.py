@@ -1,0 +1,158 @@
+"""Choosing cached tokens for sparse attention: how much the queries of each KV head want each key, the best
+of them, and attention over nothing else.
+
+A choice of tokens is a page table of pages of one token, and a choice for each KV head one of virtual
+sequences with one KV head, so that whatever attends over pages attends over it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weaveinf.ops import native
+from weaveinf.ops.attention import paged_attention
+
+
+def votes_reference(
+    q: Tensor, keys: Tensor, table: Tensor, firsts: Tensor, ends: Tensor, width: int, scale: float
+) -> Tensor:
+    """See `votes`."""
+    rows, heads, _ = q.shape
+    page_size, kv_heads = keys.shape[1:3]
+    out = torch.full((rows, kv_heads, width), torch.inf, device=q.device)
+    for r, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
+        if first < end:
+            pages = table[r, : -(-end // page_size)].long()
+            k = keys[pages].flatten(0, 1)[first:end].float()
+            grouped = q[r].float().view(kv_heads, heads // kv_heads, -1)
+            scores = torch.einsum("ghd,kgd->ghk", grouped, k) * scale
+            scores = scores.masked_fill(scores.isnan(), -torch.inf)
+            out[r, :, first:end] = scores.softmax(-1).nan_to_num(0.0).sum(1)
+    return out
+
+
+def votes(
+    q: Tensor, keys: Tensor, table: Tensor, firsts: Tensor, ends: Tensor, width: int, scale: float
+) -> Tensor:
+    """The soft vote of TokenSelect (arXiv 2411.02886, section 4.1), by KV head: for row r of q [rows, Hq, D],
+    the sum over the query heads h of a KV head of softmax(scale * q[h] . keys) -> float32 [rows, Hkv, width].
+
+    Candidates are the positions firsts[r] to ends[r] (exclusive; int32 [rows], at most width); all others get
+    an infinite vote. keys: [num_pages, page_size, Hkv, D], of which table[r] (int32 [rows, max_blocks]) lists
+    row r's pages. Query head h is of KV head h // (Hq // Hkv). A score that is NaN counts as -inf.
+    """
+    dim = keys.shape[3]
+    if q.is_cuda or native.lib is None or q.dtype not in native.DTYPES or dim % 16:
+        return votes_reference(q, keys, table, firsts, ends, width, scale)
+    out = torch.empty(q.shape[0], keys.shape[2], width)
+    native.lib.weave_votes(
+        q.data_ptr(),
+        keys.data_ptr(),
+        out.data_ptr(),
+        table.data_ptr(),
+        firsts.data_ptr(),
+        ends.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        table.stride(0),
+        q.shape[0],
+        q.shape[1],
+        keys.shape[2],
+        dim,
+        keys.shape[1],
+        width,
+        native.DTYPES[q.dtype],
+        torch.get_num_threads(),
+        scale,
+    )
+    return out
+
+
+def top_k_reference(scores: Tensor, ends: Tensor, wanted: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """See `top_k`."""
+    at = torch.arange(scores.shape[1], device=scores.device)
+    real = scores.masked_fill(scores.isnan(), -torch.inf).double()
+    # What does not count comes behind everything, even behind -inf.
+    order = torch.where(at < ends[:, None], 0, 1)
+    best = torch.argsort(real, dim=1, descending=True, stable=True)
+    best = best.gather(1, torch.argsort(order.gather(1, best), dim=1, stable=True))[:, :capacity]
+    counts = torch.minimum(ends, wanted).clamp(max=capacity).int()
+    kept = torch.arange(best.shape[1], device=scores.device) < counts[:, None]
+    ascending = best.masked_fill(~kept, scores.shape[1]).sort(1).values
+    ascending = torch.nn.functional.pad(ascending, (0, capacity - best.shape[1]), value=scores.shape[1])
+    return ascending.masked_fill(ascending == scores.shape[1], -1).int(), counts
+
+
+def top_k(scores: Tensor, ends: Tensor, wanted: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Positions of the best scores of each row, ascending: int32 [rows, capacity], -1 behind them, and how
+    many there are, int32 [rows].
+
+    scores: float32 [rows, width], of which the first ends[r] count (int32 [rows], at most width); wanted[r]
+    of them are chosen (int32 [rows], at most capacity), all if there are no more. Equal scores: the lowest
+    position. NaN counts as -inf.
+    """
+    if scores.is_cuda or native.lib is None:
+        return top_k_reference(scores, ends, wanted, capacity)
+    out = torch.empty(scores.shape[0], capacity, dtype=torch.int32)
+    counts = torch.empty(scores.shape[0], dtype=torch.int32)
+    native.lib.weave_top_k(
+        scores.data_ptr(),
+        ends.data_ptr(),
+        wanted.data_ptr(),
+        out.data_ptr(),
+        counts.data_ptr(),
+        scores.shape[0],
+        scores.shape[1],
+        capacity,
+        torch.get_num_threads(),
+    )
+    return out, counts
+
+
+def slots(index: Tensor, table: Tensor, page_size: int) -> Tensor:
+    """Where positions lie in the cache: index int32 [rows, n] and table int32 [rows, max_blocks] -> int32
+    [rows, n]; some slot of the row where the index is -1."""
+    at = index.clamp(min=0).long()
+    return table.gather(1, at // page_size) * page_size + (at % page_size).int()
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    cu_seqlens_q: Tensor,
+    positions: Tensor,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    """Attention of q [rows, Hq, D] over tokens at `slots` (int32 [S, n]) of pools as `paged_attention` takes
+    them, -> out [rows, Hq, D]. A row reads its sequence's slots up to number positions[row]."""
+    one = (-1, 1, *keys.shape[2:])
+    where = (keys.view(one), values.view(one), slots, cu_seqlens_q, positions)
+    return paged_attention(q, *where, scale, out=out)
+
+
+def attend_by_head(
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, counts: Tensor, scale: float, out: Tensor
+) -> Tensor:
+    """Attention of each row's queries of each KV head over tokens of their own: slots int32 [rows, Hkv, n],
+    of which the first counts[row, head] count (int32 [rows, Hkv], at least 1); out contiguous."""
+    rows, heads, dim = q.shape
+    kv_heads = keys.shape[2]
+    virtual = slots * kv_heads + torch.arange(kv_heads, dtype=torch.int32, device=q.device)[:, None]
+    grouped = (rows * kv_heads, heads // kv_heads, dim)
+    starts = torch.arange(rows * kv_heads + 1, dtype=torch.int32, device=q.device)
+    one = (-1, 1, 1, dim)
+    paged_attention(
+        q.reshape(grouped),
+        keys.view(one),
+        values.view(one),
+        virtual.flatten(0, 1),
+        starts,
+        counts.flatten() - 1,
+        scale,
+        out=out.view(grouped),
+    )
+    return out

@@ -1,0 +1,138 @@
+"""Quest (arXiv 2406.10774): whole pages, by an upper bound of what a query can score on any of their keys.
+
+A page keeps the least and the largest value of every channel of its keys, lo and hi. A query's bound is
+sum_c max(q_c lo_c, q_c hi_c) = max(q, 0) . hi + min(q, 0) . lo: a dot product, so pages are voted on like
+keys. Each KV head chooses pages of its own. The page of the row itself is always read, and the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.cache.pools import Pools, PoolSpec
+from weaveinf.ops import select
+from weaveinf.selectors.selector import (
+    ANSWER,
+    DENSE,
+    Budgets,
+    Choosing,
+    Heads,
+    Memo,
+    PerRow,
+    RowFacts,
+    Segment,
+    TokensOfHeads,
+    per_head_votes,
+    segments,
+)
+
+POOL = "quest bounds"
+
+
+@dataclass(frozen=True)
+class Quest:
+    """budget: cached tokens that an answer's rows read for each KV head, in whole pages; the first
+    `dense_layers` layers read all."""
+
+    name: ClassVar[str] = "quest"
+    budget: int = 2048
+    dense_layers: int = 2
+
+    def make(self, heads: Heads, page_size: int) -> QuestSelector:
+        return QuestSelector(self, heads, page_size)
+
+
+class QuestSelector:
+    """See `Selector`."""
+
+    row_align = 1
+
+    def __init__(self, settings: Quest, heads: Heads, page_size: int) -> None:
+        if settings.budget < 2 * page_size:
+            raise ValueError(
+                f"quest reads its first page and the last: budget={settings.budget} must be at least "
+                f"{2 * page_size}"
+            )
+        self.budgets = Budgets(heads, settings.budget)
+        self._settings, self._heads, self._page = settings, heads, page_size
+        shape = (len(heads.kv_heads), 2 * heads.head_dim)
+        self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]
+        self._bounds: list[Tensor] = []
+        self._memo, self._touched = Memo(), Memo()
+
+    def admit(self, slot: int, budget: int) -> None:
+        """See `Selector`."""
+        self.budgets.admit(slot, budget)
+
+    def bind(self, pools: Pools) -> None:
+        """See `Selector`."""
+        self._bounds = pools[POOL]
+
+    def shape(self, prompt: int, end: int, budget: int) -> bytes:
+        """See `Selector`."""
+        dense = budget == 0 or end <= max(prompt, budget)
+        return b"" if dense else repr((self._settings, budget)).encode()
+
+    def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
+        """See `Selector`. Bounds are made anew of all that a page holds by now, so nothing stays of what was
+        there before."""
+        if layer < self._settings.dense_layers:
+            return
+        pages, counts = self._touched.get(batch, self._pages)
+        held = pool[pages]  # [n, page_size, Hkv, D]
+        beyond = torch.arange(self._page) >= counts[:, None]
+        beyond = beyond[:, :, None, None]
+        d = self._heads.head_dim
+        bounds = self._bounds[layer]
+        bounds[pages, :, :d] = held.masked_fill(beyond, -torch.inf).amax(1)
+        bounds[pages, :, d:] = held.masked_fill(beyond, torch.inf).amin(1)
+
+    def _pages(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pages that the batch has written to, and how many of their tokens are now there."""
+        slots = batch.slot_mapping.numpy()
+        last = np.flatnonzero(
+            np.append(np.diff(slots // self._page) != 0, True)
+        )  # rows of a page are neighbours
+        last = last[slots[last] >= 0]
+        ends = slots[last]
+        return torch.from_numpy(ends // self._page).long(), torch.from_numpy(ends % self._page + 1)
+
+    def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
+        """See `Selector`."""
+        found = self._memo.get(batch, self._segments)
+        for segment in found:
+            segment.chosen = None
+            if segment.per_row is not None and layer >= self._settings.dense_layers:
+                segment.chosen = yield from self._chosen(layer, q[segment.rows], segment.per_row)
+        return found
+
+    def _segments(self, batch: Batch) -> list[Segment]:
+        facts = RowFacts.of(batch, self.budgets)
+        sparse = (facts.position >= facts.prompt) & (facts.budget > 0) & (facts.position >= facts.budget)
+        return segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+
+    def _chosen(self, layer: int, q: Tensor, rows: PerRow) -> Generator[Tensor, Tensor, TokensOfHeads]:
+        page = self._page
+        last = rows.position // page  # the page of the row itself
+        bounds = self._bounds[layer].unsqueeze(1)
+        both = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
+        votes = yield from per_head_votes(
+            self._heads, both, bounds, rows.table, torch.ones_like(last), last, int(last.max()) + 1
+        )
+        kv_heads = votes.shape[1]
+        wanted = (rows.budget // page).repeat_interleave(kv_heads)
+        ends = (last + 1).repeat_interleave(kv_heads)
+        index, counts = select.top_k(votes.flatten(0, 1), ends, wanted, int(wanted.max()))
+        table = rows.table.repeat_interleave(kv_heads, 0)
+        start = select.slots(index * page, table, page)
+        slots = (start.unsqueeze(-1) + torch.arange(page, dtype=torch.int32)).flatten(1)
+        tokens = (counts - 1) * page + (rows.position % page + 1).repeat_interleave(kv_heads)
+        shape = (len(q), kv_heads)
+        return TokensOfHeads(slots.view(*shape, -1), tokens.view(shape))

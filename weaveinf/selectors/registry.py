@@ -1,0 +1,32 @@
+"""Which methods exist, and what a user's words for one mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from weaveinf.selectors.fasa import Fasa
+from weaveinf.selectors.quest import Quest
+from weaveinf.selectors.selector import Settings
+from weaveinf.selectors.tokenselect import TokenSelect
+
+METHODS: dict[str, type[Any]] = {method.name: method for method in (TokenSelect, Fasa, Quest)}
+
+
+def settings(wanted: Mapping[str, Any]) -> Settings:
+    """A method's settings by its "name" and its fields. ValueError for what there is not."""
+    given = dict(wanted)
+    name = given.pop("name", None)
+    if name not in METHODS:
+        raise ValueError(f"selector={name!r} is not one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    known = {field.name: type(field.default) for field in fields(method)}
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known)}")
+        number = known[key] is float and isinstance(value, int) and not isinstance(value, bool)
+        if not number and type(value) is not known[key]:
+            raise ValueError(f"{name}: {key}={value!r} must be of type {known[key].__name__}")
+    made: Settings = method(**given)
+    return made

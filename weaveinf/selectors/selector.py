@@ -1,0 +1,248 @@
+"""What a selector is: it looks on when keys are written, and chooses what each row may read before it
+attends.
+
+A row is served by the rule of its phase, which is a property of its position: below the prompt's length the
+prompt's rule holds, from there on the answer's, also when the row is computed again after a preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.cache.pools import Pools, PoolSpec
+from weaveinf.ops import select
+from weaveinf.ops.attention import paged_attention
+
+DENSE, ANSWER, PROMPT = 0, 1, 2
+"""How a row is served: it reads all, or what is chosen for it alone, or for its chunk of the prompt."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a selector must know of a model and of this rank's part of it.
+
+    Attributes:
+        kv_heads: the KV heads of the whole model that this rank holds; the same one on several ranks where
+            these are more.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_heads: range
+    ranks: int
+    max_num_seqs: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def replicated(self) -> bool:
+        """Whether ranks share KV heads, so that none sees all queries of its own."""
+        return self.ranks > self.num_kv_heads
+
+
+@dataclass
+class PerRow:
+    """Of each row: its position and its request's budget (int32 [rows]), its pages (int32 [rows,
+    max_blocks]), its request's state slot (int64 [rows])."""
+
+    position: Tensor
+    budget: Tensor
+    table: Tensor
+    slot: Tensor
+
+
+@dataclass
+class Segment:
+    """Consecutive rows of a batch that are served alike.
+
+    Attributes:
+        rows: of the batch.
+        cu_seqlens, block_table, positions: as a batch has them, of these rows.
+        per_row: None where all is read.
+        chosen: which cached tokens each row may read; None for all.
+    """
+
+    kind: int
+    rows: slice
+    cu_seqlens: Tensor
+    block_table: Tensor
+    positions: Tensor
+    per_row: PerRow | None
+    chosen: Chosen | None = None
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Attention of these rows of q, into these of out."""
+        q, out = q[self.rows], out[self.rows]
+        if self.chosen is not None:
+            self.chosen.attend(q, keys, values, scale, out)
+        else:
+            where = (self.block_table, self.cu_seqlens, self.positions)
+            paged_attention(q, keys, values, *where, scale, out=out)
+
+
+class Chosen(Protocol):
+    """Which cached tokens rows may read."""
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None: ...
+
+
+@dataclass
+class TokensOfHeads:
+    """Tokens of each row's own, and of each KV head's: see `ops.select.attend_by_head`."""
+
+    slots: Tensor
+    counts: Tensor
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        select.attend_by_head(q, keys, values, self.slots, self.counts, scale, out)
+
+
+@dataclass
+class Tokens:
+    """Tokens for all heads, of virtual sequences: see `ops.select.attend`."""
+
+    slots: Tensor
+    cu_seqlens: Tensor
+    positions: Tensor
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        select.attend(q, keys, values, self.slots, self.cu_seqlens, self.positions, scale, out)
+
+
+Choosing = Generator[Tensor, Tensor, Sequence[Segment]]
+
+
+class Settings(Protocol):
+    """What a user may set of a method; a frozen dataclass, one file with its `Selector`."""
+
+    name: ClassVar[str]
+    budget: int
+
+    def make(self, heads: Heads, page_size: int) -> Selector:
+        """ValueError where the model cannot carry it."""
+        ...
+
+
+class Selector(Protocol):
+    """One rank's part of a method (DESIGN section 2).
+
+    Attributes:
+        row_align: prompts may be cut at multiples of this only (`cache.blocks.legal_cut`).
+        pools: what it keeps for every token or page.
+    """
+
+    row_align: int
+    pools: Sequence[PoolSpec]
+    budgets: Budgets
+
+    def admit(self, slot: int, budget: int) -> None:
+        """A request takes a state slot, with a budget of its own or -1."""
+        ...
+
+    def bind(self, pools: Pools) -> None:
+        """Gives it its pools."""
+        ...
+
+    def shape(self, prompt: int, end: int, budget: int) -> bytes:
+        """What else than the tokens shaped the page that ends at position `end` (exclusive), of a request of
+        such a prompt and budget; b"" where it was computed dense."""
+        ...
+
+    def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
+        """The batch's keys [rows, Hkv, D] have just been written to the cached ones, `pool`."""
+        ...
+
+    def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
+        """Segments of all rows of q [rows, Hq, D], with what each may read of the cache; yields what it votes
+        on."""
+        ...
+
+
+class Budgets:
+    """How many tokens the requests in the state slots may read: int32 [max_num_seqs], 0 for all."""
+
+    def __init__(self, heads: Heads, default: int) -> None:
+        self.default = default
+        self.of_slot = np.full(heads.max_num_seqs, default, np.int32)
+
+    def admit(self, slot: int, budget: int) -> None:
+        """A request takes a slot; budget -1: the method's own."""
+        self.of_slot[slot] = self.resolved(budget)
+
+    def resolved(self, budget: int) -> int:
+        """The budget of a request that asked for `budget`."""
+        return self.default if budget < 0 else budget
+
+
+@dataclass
+class RowFacts:
+    """Of each row of a batch: its sequence, position, prompt's length and budget (int32 [rows])."""
+
+    seq: NDArray[np.int32]
+    position: NDArray[np.int32]
+    prompt: NDArray[np.int32]
+    budget: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, batch: Batch, budgets: Budgets) -> RowFacts:
+        seq = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens_q.numpy()))
+        budget = budgets.of_slot[batch.state_slot.numpy()]
+        return cls(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], budget[seq])
+
+
+def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> list[Segment]:
+    """The batch cut where rows begin to be served otherwise; `kinds`: of each row."""
+    edges = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1)).tolist()
+    starts = batch.cu_seqlens_q.numpy()
+    out = []
+    for start, end in pairwise(edges):
+        rows, seqs = slice(start, end), slice(int(facts.seq[start]), int(facts.seq[end - 1]) + 1)
+        cu = np.clip(starts[seqs.start : seqs.stop + 1] - start, 0, end - start)
+        per_row = None
+        if kinds[start] != DENSE:
+            seq = torch.from_numpy(facts.seq[rows]).long()
+            budget = torch.from_numpy(facts.budget[rows])
+            table, slot = batch.block_table[seq], batch.state_slot[seq].long()
+            per_row = PerRow(batch.positions[rows], budget, table, slot)
+        where = (torch.from_numpy(cu), batch.block_table[seqs], batch.positions[rows])
+        out.append(Segment(int(kinds[start]), rows, *where, per_row))
+    return out
+
+
+def per_head_votes(
+    heads: Heads, q: Tensor, keys: Tensor, table: Tensor, firsts: Tensor, ends: Tensor, width: int
+) -> Generator[Tensor, Tensor, Tensor]:
+    """`ops.select.votes` of all queries of this rank's KV heads, those on ranks that share them too."""
+    mine = select.votes(q, keys, table, firsts, ends, width, heads.head_dim**-0.5)
+    if not heads.replicated:
+        return mine
+    ballot = mine.new_zeros(len(q), heads.num_kv_heads, width)
+    own = slice(heads.kv_heads.start, heads.kv_heads.stop)
+    ballot[:, own] = mine
+    return (yield ballot)[:, own].contiguous()
+
+
+class Memo:
+    """What was last found out about a batch: all layers ask for the same. One entry for each half."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Batch, Any]] = []
+
+    def get(self, batch: Batch, make: Any) -> Any:
+        for known, value in self._kept:
+            if known is batch:
+                return value
+        value = make(batch)
+        self._kept = [*self._kept[-3:], (batch, value)]
+        return value
