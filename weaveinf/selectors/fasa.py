@@ -117,7 +117,7 @@ class FasaSelector:
                 f"fasa wants a budget of at least 1 and 1 to {half} planes, got {settings.budget} and "
                 f"{settings.planes}"
             )
-        self.budgets = Budgets(heads, settings.budget)
+        self.budgets = Budgets(heads, 1, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         planes = load(settings.table, heads, settings.planes)
         self._channels = torch.cat([planes, planes + half], dim=-1)  # [layers, Hkv, 2 planes]

@@ -60,7 +60,7 @@ class QuestSelector:
                 f"quest reads its first page and the last: budget={settings.budget} must be at least "
                 f"{2 * page_size}"
             )
-        self.budgets = Budgets(heads, settings.budget)
+        self.budgets = Budgets(heads, 2 * page_size, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]

@@ -170,19 +170,28 @@ class Selector(Protocol):
 
 
 class Budgets:
-    """How many tokens the requests in the state slots may read: int32 [max_num_seqs], 0 for all."""
+    """How many tokens the requests in the state slots may read: int32 [max_num_seqs], 0 for all.
 
-    def __init__(self, heads: Heads, default: int) -> None:
-        self.default = default
-        self.of_slot = np.full(heads.max_num_seqs, default, np.int32)
+    A request may ask for `least` to `most`, the method's own budget, which memory is set aside for.
+    """
+
+    def __init__(self, heads: Heads, least: int, most: int) -> None:
+        self.least, self.most = least, most
+        self.of_slot = np.full(heads.max_num_seqs, most, np.int32)
 
     def admit(self, slot: int, budget: int) -> None:
         """A request takes a slot; budget -1: the method's own."""
-        self.of_slot[slot] = self.resolved(budget)
+        self.of_slot[slot] = self.most if budget < 0 else budget
 
-    def resolved(self, budget: int) -> int:
-        """The budget of a request that asked for `budget`."""
-        return self.default if budget < 0 else budget
+    def resolved(self, asked: int | None) -> int:
+        """The budget of a request that asked for so many. ValueError for what cannot be."""
+        if asked is None:
+            return self.most
+        if asked and not self.least <= asked <= self.most:
+            raise ValueError(
+                f"selector_budget={asked} must be 0 or {self.least} to {self.most}, the engine's"
+            )
+        return asked
 
 
 @dataclass

@@ -68,7 +68,7 @@ class TokenSelector:
                 f"tokenselect wants budget and local of at least 1 and sinks of at least 0, got "
                 f"{settings.budget}, {settings.local} and {settings.sinks}"
             )
-        self.budgets = Budgets(heads, settings.budget)
+        self.budgets = Budgets(heads, 1, settings.budget)
         self.hits = self.misses = 0
         self._settings, self._heads, self._page = settings, heads, page_size
         self._forced = settings.sinks + settings.local
