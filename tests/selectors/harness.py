@@ -143,7 +143,10 @@ class Group:
         if chosen is None:
             return None
         if isinstance(chosen, TokensOfHeads):
-            slots = chosen.slots[at, g, : int(chosen.counts[at, g])]
+            heads = chosen.places.shape[1]
+            places = chosen.places[at, g, : int(chosen.counts[at, g])]
+            assert (places % heads == g).all()
+            slots = places // heads
         else:
             assert isinstance(chosen, Tokens)
             s = int(torch.searchsorted(chosen.cu_seqlens, at, right=True)) - 1

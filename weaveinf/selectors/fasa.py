@@ -121,7 +121,8 @@ class FasaSelector:
         self._settings, self._heads, self._page = settings, heads, page_size
         planes = load(settings.table, heads, settings.planes)
         self._channels = torch.cat([planes, planes + half], dim=-1)  # [layers, Hkv, 2 planes]
-        self._digest = self._channels.numpy().tobytes()
+        each = heads.num_heads // heads.ranks // len(heads.kv_heads)
+        self._of_queries = self._channels.repeat_interleave(each, 1)
         shape = (len(heads.kv_heads), 2 * settings.planes)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers)]
         self._planes: list[Tensor] = []
@@ -162,17 +163,12 @@ class FasaSelector:
         return segments(batch, facts, np.where(sparse, ANSWER, DENSE))
 
     def _chosen(self, layer: int, q: Tensor, rows: PerRow) -> Generator[Tensor, Tensor, TokensOfHeads]:
-        count, heads, _ = q.shape
-        kv_heads = len(self._heads.kv_heads)
-        channels = self._channels[layer].repeat_interleave(heads // kv_heads, 0)
+        count, kv_heads = len(q), len(self._heads.kv_heads)
         ends = rows.position + 1
-        mine = q.gather(2, channels.expand(count, -1, -1))
-        firsts, width = torch.zeros_like(ends), int(ends.max())
-        votes = yield from per_head_votes(
-            self._heads, mine, self._planes[layer], rows.table, firsts, ends, width
-        )
+        mine = q.gather(2, self._of_queries[layer].expand(count, -1, -1))
+        where = (rows.table, torch.zeros_like(ends), ends, rows.longest)
+        votes = yield from per_head_votes(self._heads, mine, self._planes[layer], *where)
         each = (ends.repeat_interleave(kv_heads), rows.budget.repeat_interleave(kv_heads))
-        index, counts = select.top_k(votes.flatten(0, 1), *each, int(rows.budget.max()))
-        slots = select.slots(index, rows.table.repeat_interleave(kv_heads, 0), self._page)
-        shape = (count, kv_heads)
-        return TokensOfHeads(slots.view(*shape, -1), counts.view(shape))
+        index, counts = select.top_k(votes.flatten(0, 1), *each, self._settings.budget)
+        index, counts = index.view(count, kv_heads, -1), counts.view(count, kv_heads)
+        return TokensOfHeads(select.places(index, rows.table, self._page), counts)

@@ -124,15 +124,12 @@ class QuestSelector:
         bounds = self._bounds[layer].unsqueeze(1)
         both = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
         votes = yield from per_head_votes(
-            self._heads, both, bounds, rows.table, torch.ones_like(last), last, int(last.max()) + 1
+            self._heads, both, bounds, rows.table, torch.ones_like(last), last, (rows.longest - 1) // page + 1
         )
         kv_heads = votes.shape[1]
-        wanted = (rows.budget // page).repeat_interleave(kv_heads)
+        each = (len(q), kv_heads)
         ends = (last + 1).repeat_interleave(kv_heads)
-        index, counts = select.top_k(votes.flatten(0, 1), ends, wanted, int(wanted.max()))
-        table = rows.table.repeat_interleave(kv_heads, 0)
-        start = select.slots(index * page, table, page)
-        slots = (start.unsqueeze(-1) + torch.arange(page, dtype=torch.int32)).flatten(1)
-        tokens = (counts - 1) * page + (rows.position % page + 1).repeat_interleave(kv_heads)
-        shape = (len(q), kv_heads)
-        return TokensOfHeads(slots.view(*shape, -1), tokens.view(shape))
+        wanted = (rows.budget // page).repeat_interleave(kv_heads)
+        index, counts = select.top_k(votes.flatten(0, 1), ends, wanted, self._settings.budget // page)
+        tokens = (counts.view(each) - 1) * page + (rows.position % page + 1)[:, None]
+        return TokensOfHeads(select.places(index.view(*each, -1), rows.table, page, page), tokens)

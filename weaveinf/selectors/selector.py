@@ -54,12 +54,13 @@ class Heads:
 @dataclass
 class PerRow:
     """Of each row: its position and its request's budget (int32 [rows]), its pages (int32 [rows,
-    max_blocks]), its request's state slot (int64 [rows])."""
+    max_blocks]), its request's state slot (int64 [rows]). longest: tokens that a row has, at most."""
 
     position: Tensor
     budget: Tensor
     table: Tensor
     slot: Tensor
+    longest: int
 
 
 @dataclass
@@ -101,11 +102,11 @@ class Chosen(Protocol):
 class TokensOfHeads:
     """Tokens of each row's own, and of each KV head's: see `ops.select.attend_by_head`."""
 
-    slots: Tensor
+    places: Tensor
     counts: Tensor
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        select.attend_by_head(q, keys, values, self.slots, self.counts, scale, out)
+        select.attend_by_head(q, keys, values, self.places, self.counts, scale, out)
 
 
 @dataclass
@@ -223,7 +224,8 @@ def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> 
             seq = torch.from_numpy(facts.seq[rows]).long()
             budget = torch.from_numpy(facts.budget[rows])
             table, slot = batch.block_table[seq], batch.state_slot[seq].long()
-            per_row = PerRow(batch.positions[rows], budget, table, slot)
+            longest = int(facts.position[rows].max()) + 1
+            per_row = PerRow(batch.positions[rows], budget, table, slot, longest)
         where = (torch.from_numpy(cu), batch.block_table[seqs], batch.positions[rows])
         out.append(Segment(int(kinds[start]), rows, *where, per_row))
     return out
