@@ -27,8 +27,8 @@ from weaveinf.ops.attention import paged_attention
 from weaveinf.selectors.registry import settings
 from weaveinf.selectors.selector import Heads, Selector
 
-_LAYERS = 4  # the last ones are timed: the methods' own first layers are dense
-_TIMED = (2, 3)
+_LAYERS = 10  # the last ones are timed: the methods' own first layers are dense
+_TIMED = range(2, _LAYERS)
 _STEPS = 12
 
 
@@ -52,7 +52,7 @@ class Context:
         self.table = torch.randperm(args.batch * each).to(torch.int32).view(args.batch, each)
         shape = (args.kv_heads, args.head_dim)
         self.specs = [PoolSpec(name, shape, dtype, _LAYERS) for name in ("key", "value")]
-        self.pools = Pools(self.specs, args.batch * each, PAGE_SIZE, self.heads.device)
+        self.pools = Pools(self.specs, args.batch * each, PAGE_SIZE, self.heads.device, True)
         noise = torch.randn(1 << 22).to(dtype)
         for name in ("key", "value"):
             for layer in _TIMED:
@@ -63,7 +63,7 @@ class Context:
     def make(self, wanted: dict[str, Any]) -> Selector:
         """A method over this cache, which has seen all of it."""
         selector = settings(wanted).make(self.heads, PAGE_SIZE)
-        selector.bind(Pools(selector.pools, self.pools.num_pages, PAGE_SIZE, self.heads.device))
+        selector.bind(Pools(selector.pools, self.pools.num_pages, PAGE_SIZE, self.heads.device, True))
         for s in range(self.batch):
             for start in range(0, self.tokens, 4096):
                 rows = torch.arange(start, min(start + 4096, self.tokens), dtype=torch.int32)

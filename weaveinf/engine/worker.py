@@ -81,7 +81,7 @@ class Worker:
             self.selector = self._selector(config)
             specs = [*self.model.pool_specs, *(self.selector.pools if self.selector else ())]
             self.num_pages = self._agree_on_pages(specs)
-            self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device)
+            self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device, self.selector is not None)
             if self.selector is not None:
                 self.selector.bind(self.pools)
             self.model.bind(self.pools, self.selector)

@@ -11,7 +11,7 @@ vote (`ops.select.votes`), as a set for each would read the whole key after all.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -29,12 +29,12 @@ from weaveinf.selectors.selector import (
     Budgets,
     Choosing,
     Heads,
+    HeadsChoice,
     Memo,
     PerRow,
     RowFacts,
     Segment,
     TokensOfHeads,
-    per_head_votes,
     segments,
 )
 
@@ -151,24 +151,21 @@ class FasaSelector:
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
         found = self._memo.get(batch, self._segments)
-        for segment in found:
+        for segment, heads in found:
             segment.chosen = None
-            if layer and segment.per_row is not None:
-                segment.chosen = yield from self._chosen(layer, q[segment.rows], segment.per_row)
-        return found
+            if layer and heads is not None:
+                mine = q[segment.rows]
+                mine = mine.gather(2, self._of_queries[layer].expand(len(mine), -1, -1))
+                index, counts = yield from heads.choose(mine, self._planes[layer], self._settings.budget)
+                places = select.places(index, heads.rows.table, self._page)
+                segment.chosen = TokensOfHeads(places, counts)
+        return [segment for segment, _ in found]
 
-    def _segments(self, batch: Batch) -> list[Segment]:
+    def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
         facts = RowFacts.of(batch, self.budgets)
         sparse = (facts.position >= facts.prompt) & (facts.budget > 0) & (facts.position >= facts.budget)
-        return segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
 
-    def _chosen(self, layer: int, q: Tensor, rows: PerRow) -> Generator[Tensor, Tensor, TokensOfHeads]:
-        count, kv_heads = len(q), len(self._heads.kv_heads)
-        ends = rows.position + 1
-        mine = q.gather(2, self._of_queries[layer].expand(count, -1, -1))
-        where = (rows.table, torch.zeros_like(ends), ends, rows.longest)
-        votes = yield from per_head_votes(self._heads, mine, self._planes[layer], *where)
-        each = (ends.repeat_interleave(kv_heads), rows.budget.repeat_interleave(kv_heads))
-        index, counts = select.top_k(votes.flatten(0, 1), *each, self._settings.budget)
-        index, counts = index.view(count, kv_heads, -1), counts.view(count, kv_heads)
-        return TokensOfHeads(select.places(index, rows.table, self._page), counts)
+    def _heads_choice(self, rows: PerRow) -> HeadsChoice:
+        return HeadsChoice(self._heads, rows, rows.position + 1, rows.budget, (0, 0))

@@ -231,17 +231,38 @@ def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> 
     return out
 
 
-def per_head_votes(
-    heads: Heads, q: Tensor, keys: Tensor, table: Tensor, firsts: Tensor, ends: Tensor, width: int
-) -> Generator[Tensor, Tensor, Tensor]:
-    """`ops.select.votes` of all queries of this rank's KV heads, those on ranks that share them too."""
-    mine = select.votes(q, keys, table, firsts, ends, width, heads.head_dim**-0.5)
-    if not heads.replicated:
-        return mine
-    ballot = mine.new_zeros(len(q), heads.num_kv_heads, width)
-    own = slice(heads.kv_heads.start, heads.kv_heads.stop)
-    ballot[:, own] = mine
-    return (yield ballot)[:, own].contiguous()
+class HeadsChoice:
+    """What the KV heads of an answer's rows choose, each for itself, by the soft vote of their queries: what
+    all layers ask of a segment.
+
+    seen: how many candidates each row has, `forced` of them at the beginning and the end chosen in any case;
+    wanted: how many each is to choose (int32 [rows]).
+    """
+
+    def __init__(
+        self, heads: Heads, rows: PerRow, seen: Tensor, wanted: Tensor, forced: tuple[int, int]
+    ) -> None:
+        self.rows = rows
+        self._heads = heads
+        self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
+        self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
+        self._width = int(seen.max())
+
+    def choose(
+        self, q: Tensor, keys: Tensor, capacity: int
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
+        int32 [rows, Hkv, capacity] and [rows, Hkv]."""
+        votes = select.votes(
+            q, keys, self.rows.table, self._firsts, self._ends, self._width, self._heads.head_dim**-0.5
+        )
+        if self._heads.replicated:  # the queries of a KV head are on several ranks
+            ballot = votes.new_zeros(len(q), self._heads.num_kv_heads, self._width)
+            own = slice(self._heads.kv_heads.start, self._heads.kv_heads.stop)
+            ballot[:, own] = votes
+            votes = (yield ballot)[:, own].contiguous()
+        index, counts = select.top_k(votes.flatten(0, 1), self._seen, self._wanted, capacity)
+        return index.view(len(q), -1, capacity), counts.view(len(q), -1)
 
 
 class Memo:
