@@ -78,7 +78,7 @@ class Engine:
             budget = selector.budgets.resolved(request.params.selector_budget)
             return selector.shape(len(request.prompt_token_ids), end, budget)
 
-        return {"row_align": selector.row_align, "shape": shape}
+        return {"row_align": selector.row_align, "shape": shape, "publishes": selector.publishes}
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:

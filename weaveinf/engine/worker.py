@@ -179,7 +179,10 @@ class Worker:
         if self.weaver.recorder is not None:
             self.weaver.recorder.begin(step.number)
         with torch.cuda.device(self.ranks.device) if self._on_gpu else nullcontext():
-            x = self.weaver.run(self._batch(step), step.cut, step.seam_ctas)
+            batch = self._batch(step)
+            if self.selector is not None:
+                self.selector.begin(batch, self.config.max_num_batched_tokens)
+            x = self.weaver.run(batch, step.cut, step.seam_ctas)
             output = self.sampler.run(self.model.head, x, step)
         if self._on_gpu:
             self.ranks.check()  # now all kernels of the step are over

@@ -34,6 +34,7 @@ from weaveinf.selectors.selector import (
     PerRow,
     RowFacts,
     Segment,
+    Selector,
     TokensOfHeads,
     segments,
 )
@@ -105,10 +106,8 @@ def load(path: str, heads: Heads, count: int) -> Tensor:
     return torch.from_numpy(ranked[:, heads.kv_heads.start : heads.kv_heads.stop, :count].copy())
 
 
-class FasaSelector:
+class FasaSelector(Selector):
     """See `Selector`."""
-
-    row_align = 1
 
     def __init__(self, settings: Fasa, heads: Heads, page_size: int) -> None:
         half = heads.head_dim // 2
@@ -117,7 +116,7 @@ class FasaSelector:
                 f"fasa wants a budget of at least 1 and 1 to {half} planes, got {settings.budget} and "
                 f"{settings.planes}"
             )
-        self.budgets = Budgets(heads, 1, settings.budget)
+        self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         planes = load(settings.table, heads, settings.planes)
         self._channels = torch.cat([planes, planes + half], dim=-1)  # [layers, Hkv, 2 planes]
@@ -127,10 +126,6 @@ class FasaSelector:
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers)]
         self._planes: list[Tensor] = []
         self._memo = Memo()
-
-    def admit(self, slot: int, budget: int) -> None:
-        """See `Selector`."""
-        self.budgets.admit(slot, budget)
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""

@@ -29,6 +29,7 @@ from weaveinf.selectors.selector import (
     PerRow,
     RowFacts,
     Segment,
+    Selector,
     TokensOfHeads,
     segments,
 )
@@ -49,10 +50,8 @@ class Quest:
         return QuestSelector(self, heads, page_size)
 
 
-class QuestSelector:
+class QuestSelector(Selector):
     """See `Selector`."""
-
-    row_align = 1
 
     def __init__(self, settings: Quest, heads: Heads, page_size: int) -> None:
         if settings.budget < 2 * page_size:
@@ -60,16 +59,12 @@ class QuestSelector:
                 f"quest reads its first page and the last: budget={settings.budget} must be at least "
                 f"{2 * page_size}"
             )
-        self.budgets = Budgets(heads, 2 * page_size, settings.budget)
+        self.budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]
         self._bounds: list[Tensor] = []
         self._memo, self._touched = Memo(), Memo()
-
-    def admit(self, slot: int, budget: int) -> None:
-        """See `Selector`."""
-        self.budgets.admit(slot, budget)
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""

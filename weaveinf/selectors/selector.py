@@ -7,10 +7,10 @@ prompt's rule holds, from there on the answer's, also when the row is computed a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
+from weaveinf.comm.seam import Joint, Seam
 from weaveinf.ops import select
 from weaveinf.ops.attention import paged_attention
 
@@ -135,59 +136,84 @@ class Settings(Protocol):
         ...
 
 
-class Selector(Protocol):
+class Selector:
     """One rank's part of a method (DESIGN section 2).
 
     Attributes:
         row_align: prompts may be cut at multiples of this only (`cache.blocks.legal_cut`).
+        publishes: whether others may take over the pages of requests that it chooses for.
         pools: what it keeps for every token or page.
     """
 
-    row_align: int
-    pools: Sequence[PoolSpec]
+    row_align = 1
+    publishes = True
+    pools: Sequence[PoolSpec] = ()
     budgets: Budgets
 
     def admit(self, slot: int, budget: int) -> None:
         """A request takes a state slot, with a budget of its own or -1."""
-        ...
+        self.budgets.admit(slot, budget)
 
     def bind(self, pools: Pools) -> None:
         """Gives it its pools."""
-        ...
+
+    def begin(self, batch: Batch, most_rows: int) -> None:
+        """A step of this whole batch begins; a step has at most so many rows."""
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """What else than the tokens shaped the page that ends at position `end` (exclusive), of a request of
         such a prompt and budget; b"" where it was computed dense."""
-        ...
+        raise NotImplementedError
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """The batch's keys [rows, Hkv, D] have just been written to the cached ones, `pool`."""
-        ...
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """Segments of all rows of q [rows, Hq, D], with what each may read of the cache; yields what it votes
         on."""
+        raise NotImplementedError
+
+    @property
+    def summary(self) -> str:
+        """What it did so far, in a few words; "" for nothing to say."""
+        return ""
+
+
+@runtime_checkable
+class RowPruner(Protocol):
+    """Chooses which rows of the residual go on between layers.
+
+    Attributes:
+        boundaries: numbers of blocks of the model's chain before which rows may come and go.
+    """
+
+    boundaries: Mapping[int, int]
+
+    def change(self, number: int, x: Tensor, batch: Batch, seam: Seam, joint: Joint) -> tuple[Tensor, Batch]:
+        """The rows with which a half goes on into block `number`, normalised by the joint before it, and
+        their batch; the seam is left with as many, and their residual. Every rank calls it, and no half
+        before all are past the block before."""
         ...
 
 
 class Budgets:
     """How many tokens the requests in the state slots may read: int32 [max_num_seqs], 0 for all.
 
-    A request may ask for `least` to `most`, the method's own budget, which memory is set aside for.
+    A request may ask for `least` to `most`; what memory is set aside for is the method's own.
     """
 
-    def __init__(self, heads: Heads, least: int, most: int) -> None:
-        self.least, self.most = least, most
-        self.of_slot = np.full(heads.max_num_seqs, most, np.int32)
+    def __init__(self, heads: Heads, least: int, most: int, default: int) -> None:
+        self.least, self.most, self.default = least, most, default
+        self.of_slot = np.full(heads.max_num_seqs, default, np.int32)
 
     def admit(self, slot: int, budget: int) -> None:
         """A request takes a slot; budget -1: the method's own."""
-        self.of_slot[slot] = self.most if budget < 0 else budget
+        self.of_slot[slot] = self.default if budget < 0 else budget
 
     def resolved(self, asked: int | None) -> int:
         """The budget of a request that asked for so many. ValueError for what cannot be."""
         if asked is None:
-            return self.most
+            return self.default
         if asked and not self.least <= asked <= self.most:
             raise ValueError(
                 f"selector_budget={asked} must be 0 or {self.least} to {self.most}, the engine's"

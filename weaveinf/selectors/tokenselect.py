@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
-from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.selector import (
     ANSWER,
@@ -33,6 +32,7 @@ from weaveinf.selectors.selector import (
     PerRow,
     RowFacts,
     Segment,
+    Selector,
     Tokens,
     segments,
 )
@@ -56,11 +56,10 @@ class TokenSelect:
         return TokenSelector(self, heads, page_size)
 
 
-class TokenSelector:
+class TokenSelector(Selector):
     """See `Selector`."""
 
     row_align = CHUNK
-    pools: tuple[PoolSpec, ...] = ()
 
     def __init__(self, settings: TokenSelect, heads: Heads, page_size: int) -> None:
         if min(settings.budget, settings.local) < 1 or settings.sinks < 0:
@@ -68,7 +67,7 @@ class TokenSelector:
                 f"tokenselect wants budget and local of at least 1 and sinks of at least 0, got "
                 f"{settings.budget}, {settings.local} and {settings.sinks}"
             )
-        self.budgets = Budgets(heads, 1, settings.budget)
+        self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
         self.hits = self.misses = 0
         self._settings, self._heads, self._page = settings, heads, page_size
         self._forced = settings.sinks + settings.local
@@ -85,8 +84,11 @@ class TokenSelector:
         self.budgets.admit(slot, budget)
         self._held[:, slot] = -1
 
-    def bind(self, pools: Pools) -> None:
+    @property
+    def summary(self) -> str:
         """See `Selector`."""
+        tried = self.hits + self.misses
+        return f"{self.hits / tried:.0%} of {tried} choices kept" if tried else ""
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`. A whole chunk of the prompt shapes its pages alike in every prompt that goes on;
@@ -96,9 +98,6 @@ class TokenSelector:
         behind = -(-end // CHUNK) * CHUNK  # where the page's chunk ends
         until = -1 if behind <= prompt else prompt
         return repr((self._settings, budget, until)).encode()
-
-    def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
-        """See `Selector`."""
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
