@@ -11,15 +11,19 @@ namespace {
 
 // What weaveinf/ops/select.py packs, in its order. Strides in elements; out: [rows, kv_heads, width]. Keys
 // before firsts[row] and from ends[row] on get an infinite vote.
+//
+// Queries have `dim` elements, but for two cases: with `channels` (int32 [kv_heads, dim]) those elements of them; with
+// `halves` half as many, which come as what is positive of them and then what is negative.
 struct Wish {
   const void *q, *keys;
   float* out;
-  const int32_t *table, *firsts, *ends;
-  index_t q_row, q_head, table_row, rows, heads, kv_heads, dim, page_size, width, dtype, threads;
+  const int32_t *table, *firsts, *ends, *channels;
+  index_t q_row, q_head, table_row, rows, heads, kv_heads, dim, page_size, width, halves, dtype, threads;
   double scale;
 };
 
 constexpr index_t SHARE = 2048;  // keys of a task
+constexpr index_t MOST_CHANNELS = 1024;
 
 thread_local Scratch wish_scratch, score_scratch;
 
@@ -39,6 +43,19 @@ struct Row {
     for (index_t head = 0; head < c.heads; ++head) {
       float* to = q + (head / group * chunks + head % group / H) * size + head % group % H * c.dim;
       const T* from = static_cast<const T*>(w.q) + row * w.q_row + head * w.q_head;
+      T own[MOST_CHANNELS];
+      if (w.channels) {
+        const int32_t* channels = w.channels + head / group * c.dim;
+        for (index_t d = 0; d < c.dim; ++d) own[d] = from[channels[d]];
+        from = own;
+      } else if (w.halves) {
+        const index_t half = c.dim / 2;
+        for (index_t d = 0; d < half; ++d) {
+          const bool positive = to_float(from[d]) > 0;
+          own[d] = positive ? from[d] : T(0), own[half + d] = positive ? T(0) : from[d];
+        }
+        from = own;
+      }
       for_vectors<1>(c.dim, [&](index_t d, auto vectors) {
         vf x[vectors];
         load_vectors(from + d, x);
@@ -250,6 +267,54 @@ struct Places {
   index_t table_row, rows, kv_heads, count, run, page_size, threads;
 };
 
+// What weaveinf/selectors/quest.py packs: of `pages`, the first counts[i] keys [page_size, kv_heads, dim] are there;
+// bounds: [.., kv_heads, 2 dim], the largest of each channel and then the least.
+struct Bounds {
+  const void* keys;
+  void* bounds;
+  const int64_t *pages, *counts;
+  index_t number, kv_heads, dim, page_size, dtype, threads;
+};
+
+template <class T>
+void bounds_of(const Bounds& b) {
+  const index_t width = b.kv_heads * b.dim;
+  const int threads = b.number * b.page_size * width > WORTH_A_TEAM ? int(b.threads) : 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (index_t i = 0; i < b.number; ++i) {
+    const T* keys = static_cast<const T*>(b.keys) + b.pages[i] * b.page_size * width;
+    T* out = static_cast<T*>(b.bounds) + b.pages[i] * 2 * width;
+    for (index_t head = 0; head < b.kv_heads; ++head) {
+      for (index_t d = 0; d < b.dim; ++d) {
+        T most = keys[head * b.dim + d], least = most;
+        for (index_t t = 1; t < b.counts[i]; ++t) {
+          const T x = keys[t * width + head * b.dim + d];
+          most = to_float(x) > to_float(most) ? x : most, least = to_float(x) < to_float(least) ? x : least;
+        }
+        out[head * 2 * b.dim + d] = most, out[head * 2 * b.dim + b.dim + d] = least;
+      }
+    }
+  }
+}
+
+// What weaveinf/selectors/fasa.py packs: the keys' channels (int32 [kv_heads, count]) go to their slots of the pool.
+struct Planes {
+  const void* keys;
+  void* pool;
+  const int32_t *channels, *slots;
+  index_t key_row, rows, kv_heads, dim, count, item;
+};
+
+template <class T>
+void planes_of(const Planes& p) {
+  for (index_t r = 0; r < p.rows; ++r) {
+    if (p.slots[r] < 0) continue;
+    const T* keys = static_cast<const T*>(p.keys) + r * p.key_row;
+    T* out = static_cast<T*>(p.pool) + p.slots[r] * p.kv_heads * p.count;
+    for (index_t i = 0; i < p.kv_heads * p.count; ++i) out[i] = keys[i / p.count * p.dim + p.channels[i]];
+  }
+}
+
 }  // namespace
 }  // namespace weave
 
@@ -298,5 +363,25 @@ extern "C" int weave_places(const void* packed) {
       for (index_t j = 0; j < c.run; ++j, at += heads) *to++ = at;
     }
   }
+  return 0;
+}
+
+extern "C" int weave_bounds(const void* packed) {
+  using namespace weave;
+  const auto b = unpack<Bounds>(packed);
+  if (b.dtype == BFLOAT16)
+    bounds_of<bf16>(b);
+  else
+    bounds_of<float>(b);
+  return 0;
+}
+
+extern "C" int weave_planes(const void* packed) {
+  using namespace weave;
+  const auto p = unpack<Planes>(packed);
+  if (p.item == 2)
+    planes_of<uint16_t>(p);
+  else
+    planes_of<uint32_t>(p);
   return 0;
 }

@@ -172,3 +172,49 @@ def test_places(rows: int, kv_heads: int, count: int, run: int, seed: int) -> No
     table = torch.randperm(rows * 7, generator=generator).to(torch.int32).view(rows, 7)
     index = torch.randint(-1, 7 * 8 // run, (rows, kv_heads, count), generator=generator).int()
     assert torch.equal(select.places(index, table, 8, run), select.places_reference(index, table, 8, run))
+
+
+@needs_kernels
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_written_beside_the_keys(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype
+) -> None:
+    use(monkeypatch, build)
+    torch.manual_seed(6)
+    keys = torch.randn(9, 16, 3, 24).to(dtype)
+    pages, counts = torch.tensor([7, 0, 4]), torch.tensor([16, 1, 9])
+    rows = torch.randn(5, 7, 24).to(dtype)[:, 2:5]
+    channels = torch.stack([torch.randperm(24)[:6] for _ in range(3)]).int()
+    slots = torch.tensor([17, -1, 143, 0, 5], dtype=torch.int32)
+    written = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(native, "lib", None)
+        bounds, pool = poisoned(9, 3, 48, dtype=dtype), poisoned(9, 16, 3, 6, dtype=dtype)
+        select.write_bounds(keys, bounds, pages, counts)
+        select.write_channels(rows, pool, channels, slots)
+        assert int((~bounds.isnan().flatten(1).any(1)).sum()) == 3
+        assert int((~pool.isnan().flatten(0, 1).flatten(1).any(1)).sum()) == 4
+        written.append((bounds.nan_to_num(), pool.nan_to_num()))
+    assert torch.equal(written[0][0], written[1][0])
+    assert torch.equal(written[0][1], written[1][1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_votes_of_some_channels_and_of_bounds(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype
+) -> None:
+    use(monkeypatch, build)
+    torch.manual_seed(7)
+    pool, table = paged([(0, 300), (9, 40)], 2, 32, 16, dtype)
+    firsts, ends = torch.tensor([[0, 300], [9, 40]], dtype=torch.int32).T.contiguous()
+    channels = torch.stack([torch.randperm(64)[:32] for _ in range(2)]).int()
+    for width, chosen in ((64, channels), (16, None)):
+        q = torch.randn(2, 6, width).to(dtype)
+        given_ = (table, firsts, ends, 300, 0.2, chosen)
+        got = select.votes(q, pool, *given_)
+        want = select.votes_reference(q.double(), pool.nan_to_num().double(), *given_)
+        close(got.nan_to_num(posinf=9), want.nan_to_num(posinf=9).float(), 64, 1.0)

@@ -52,7 +52,7 @@ class Cached:
         return Batch(
             input_ids=torch.zeros(len(positions), dtype=torch.int64),
             positions=positions,
-            slot_mapping=torch.cat([self.slots(s)[first:end] for s, first, end in rows]),
+            slot_mapping=torch.cat([self.slots(s)[first:end] for s, first, end in rows]).int(),
             cu_seqlens_q=torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
             seq_lens=torch.tensor([end for _, _, end in rows], dtype=torch.int32),
             num_prompt_tokens=torch.tensor([self.prompts[s] for s, _, _ in rows], dtype=torch.int32),
@@ -94,7 +94,7 @@ class Group:
         for part, pools, heads in zip(self.parts, self.pools, self.heads, strict=True):
             own = keys[:, heads.kv_heads.start : heads.kv_heads.stop]
             pool = pools["key"][layer]
-            pool.flatten(0, 1)[batch.slot_mapping] = own
+            pool.flatten(0, 1)[batch.slot_mapping.long()] = own
             part.write(layer, own, pool, batch)
 
     def choose(self, batch: Batch, layer: int = 2) -> list[list[set[int] | None]]:

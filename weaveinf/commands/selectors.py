@@ -70,7 +70,7 @@ class Context:
                 batch = self.rows(rows, s, s + 1)
                 for layer in _TIMED:
                     keys = self.pools["key"][layer]
-                    selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping], keys, batch)
+                    selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping.long()], keys, batch)
         return selector
 
     def rows(self, positions: Tensor, first: int, end: int) -> Batch:
@@ -82,7 +82,7 @@ class Context:
         return Batch(
             input_ids=torch.zeros(count * len(every), dtype=torch.int64),
             positions=positions.repeat(len(every)),
-            slot_mapping=slots.flatten().long(),
+            slot_mapping=slots.flatten().int(),
             cu_seqlens_q=torch.arange(len(every) + 1, dtype=torch.int32) * count,
             seq_lens=(positions[-1:] + 1).repeat(len(every)),
             num_prompt_tokens=torch.ones_like(every),
@@ -179,7 +179,7 @@ def _chosen(context: Context, wanted: dict[str, Any]) -> Callable[[], float]:
         began = time.perf_counter()
         for layer in _TIMED:
             keys, values = (context.pools[name][layer] for name in ("key", "value"))
-            selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping], keys, batch)
+            selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping.long()], keys, batch)
             turn = selector.choose(layer, q, keys, batch)
             try:
                 ballot = next(turn)

@@ -50,9 +50,11 @@ _LAYOUTS = {
     "weave_draw": "P4n3Pn",
     "weave_silu_mul": "PnP5n",
     "weave_attention": "7P13nd",
-    "weave_votes": "6P11nd",
+    "weave_votes": "7P12nd",
     "weave_top_k": "5P4n",
     "weave_places": "3P7n",
+    "weave_bounds": "4P6n",
+    "weave_planes": "4P6n",
     "weave_replay": "Pn",
 }
 """The arguments of the kernels: the structs of csrc/cpu, for the `struct` module."""

@@ -13,13 +13,26 @@ from torch import Tensor
 from weaveinf.ops import native
 from weaveinf.ops.attention import paged_attention
 
+_MOST_CHANNELS = 1024  # of select.cpp
+
 
 def votes_reference(
-    q: Tensor, keys: Tensor, table: Tensor, firsts: Tensor, ends: Tensor, width: int, scale: float
+    q: Tensor,
+    keys: Tensor,
+    table: Tensor,
+    firsts: Tensor,
+    ends: Tensor,
+    width: int,
+    scale: float,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """See `votes`."""
     rows, heads, _ = q.shape
-    page_size, kv_heads = keys.shape[1:3]
+    page_size, kv_heads, dim = keys.shape[1:]
+    if channels is not None:
+        q = q.gather(2, channels.long().repeat_interleave(heads // kv_heads, 0).expand(rows, -1, -1))
+    elif q.shape[2] != dim:
+        q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     out = torch.full((rows, kv_heads, width), torch.inf, device=q.device)
     for r, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
         if first < end:
@@ -33,18 +46,28 @@ def votes_reference(
 
 
 def votes(
-    q: Tensor, keys: Tensor, table: Tensor, firsts: Tensor, ends: Tensor, width: int, scale: float
+    q: Tensor,
+    keys: Tensor,
+    table: Tensor,
+    firsts: Tensor,
+    ends: Tensor,
+    width: int,
+    scale: float,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """The soft vote of TokenSelect (arXiv 2411.02886, section 4.1), by KV head: for row r of q [rows, Hq, D],
     the sum over the query heads h of a KV head of softmax(scale * q[h] . keys) -> float32 [rows, Hkv, width].
 
     Candidates are the positions firsts[r] to ends[r] (exclusive; int32 [rows], at most width); all others get
-    an infinite vote. keys: [num_pages, page_size, Hkv, D], of which table[r] (int32 [rows, max_blocks]) lists
+    an infinite vote. keys: [num_pages, page_size, Hkv, K], of which table[r] (int32 [rows, max_blocks]) lists
     row r's pages. Query head h is of KV head h // (Hq // Hkv). A score that is NaN counts as -inf.
+
+    K is D; or channels (int32 [Hkv, K]) says which of a query's elements meet the keys'; or it is 2 D, and a
+    query meets them as max(q, 0) and then min(q, 0), as bounds want it.
     """
     dim = keys.shape[3]
-    if q.is_cuda or native.lib is None or q.dtype not in native.DTYPES or dim % 16:
-        return votes_reference(q, keys, table, firsts, ends, width, scale)
+    if q.is_cuda or native.lib is None or q.dtype not in native.DTYPES or dim % 16 or dim > _MOST_CHANNELS:
+        return votes_reference(q, keys, table, firsts, ends, width, scale, channels)
     out = torch.empty(q.shape[0], keys.shape[2], width)
     native.lib.weave_votes(
         q.data_ptr(),
@@ -53,6 +76,7 @@ def votes(
         table.data_ptr(),
         firsts.data_ptr(),
         ends.data_ptr(),
+        0 if channels is None else channels.data_ptr(),
         q.stride(0),
         q.stride(1),
         table.stride(0),
@@ -62,6 +86,7 @@ def votes(
         dim,
         keys.shape[1],
         width,
+        channels is None and q.shape[2] != dim,
         native.DTYPES[q.dtype],
         torch.get_num_threads(),
         scale,
@@ -158,6 +183,54 @@ def attend(
     one = (-1, 1, *keys.shape[2:])
     where = (keys.view(one), values.view(one), slots, cu_seqlens_q, positions)
     return paged_attention(q, *where, scale, out=out)
+
+
+def write_bounds(keys: Tensor, bounds: Tensor, pages: Tensor, counts: Tensor) -> None:
+    """Of pages (int64 [n]) of keys [num_pages, page_size, Hkv, D], of which the first `counts` tokens are
+    there (int64 [n], at least 1): the largest value of every channel and then the least, into bounds
+    [num_pages, Hkv, 2 D]."""
+    _, page_size, kv_heads, dim = keys.shape
+    if keys.is_cuda or native.lib is None or keys.dtype not in native.DTYPES:
+        held = keys[pages]
+        beyond = (torch.arange(page_size, device=keys.device) >= counts[:, None])[:, :, None, None]
+        bounds[pages, :, :dim] = held.masked_fill(beyond, -torch.inf).amax(1)
+        bounds[pages, :, dim:] = held.masked_fill(beyond, torch.inf).amin(1)
+        return
+    native.lib.weave_bounds(
+        keys.data_ptr(),
+        bounds.data_ptr(),
+        pages.data_ptr(),
+        counts.data_ptr(),
+        len(pages),
+        kv_heads,
+        dim,
+        page_size,
+        native.DTYPES[keys.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def write_channels(keys: Tensor, pool: Tensor, channels: Tensor, slots: Tensor) -> None:
+    """These channels (int32 [Hkv, K]) of keys [rows, Hkv, D] into slots (int32 [rows]; -1: nowhere) of a pool
+    [num_pages, page_size, Hkv, K]."""
+    rows, kv_heads, dim = keys.shape
+    if keys.is_cuda or native.lib is None or keys.stride()[1:] != (dim, 1):
+        real = slots >= 0
+        picked = keys.gather(2, channels.long().expand(rows, -1, -1))
+        pool.flatten(0, 1)[slots[real].long()] = picked[real]
+        return
+    native.lib.weave_planes(
+        keys.data_ptr(),
+        pool.data_ptr(),
+        channels.data_ptr(),
+        slots.data_ptr(),
+        keys.stride(0),
+        rows,
+        kv_heads,
+        dim,
+        channels.shape[1],
+        keys.element_size(),
+    )
 
 
 def attend_by_head(

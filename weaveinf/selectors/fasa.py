@@ -119,9 +119,7 @@ class FasaSelector(Selector):
         self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         planes = load(settings.table, heads, settings.planes)
-        self._channels = torch.cat([planes, planes + half], dim=-1)  # [layers, Hkv, 2 planes]
-        each = heads.num_heads // heads.ranks // len(heads.kv_heads)
-        self._of_queries = self._channels.repeat_interleave(each, 1)
+        self._channels = torch.cat([planes, planes + half], dim=-1).int()  # [layers, Hkv, 2 planes]
         shape = (len(heads.kv_heads), 2 * settings.planes)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers)]
         self._planes: list[Tensor] = []
@@ -139,9 +137,7 @@ class FasaSelector(Selector):
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`."""
         if layer:
-            channels = self._channels[layer].expand(len(keys), -1, -1)
-            flat = self._planes[layer].flatten(0, 1)
-            flat[batch.slot_mapping.long()] = keys.gather(2, channels)
+            select.write_channels(keys, self._planes[layer], self._channels[layer], batch.slot_mapping)
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
@@ -149,9 +145,9 @@ class FasaSelector(Selector):
         for segment, heads in found:
             segment.chosen = None
             if layer and heads is not None:
-                mine = q[segment.rows]
-                mine = mine.gather(2, self._of_queries[layer].expand(len(mine), -1, -1))
-                index, counts = yield from heads.choose(mine, self._planes[layer], self._settings.budget)
+                planes, channels = self._planes[layer], self._channels[layer]
+                budget = self._settings.budget
+                index, counts = yield from heads.choose(q[segment.rows], planes, budget, channels)
                 places = select.places(index, heads.rows.table, self._page)
                 segment.chosen = TokensOfHeads(places, counts)
         return [segment for segment, _ in found]

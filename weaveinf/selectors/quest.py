@@ -78,26 +78,17 @@ class QuestSelector(Selector):
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`. Bounds are made anew of all that a page holds by now, so nothing stays of what was
         there before."""
-        if layer < self._settings.dense_layers:
-            return
-        pages, counts = self._touched.get(batch, self._pages)
-        held = pool[pages]  # [n, page_size, Hkv, D]
-        beyond = torch.arange(self._page) >= counts[:, None]
-        beyond = beyond[:, :, None, None]
-        d = self._heads.head_dim
-        bounds = self._bounds[layer]
-        bounds[pages, :, :d] = held.masked_fill(beyond, -torch.inf).amax(1)
-        bounds[pages, :, d:] = held.masked_fill(beyond, torch.inf).amin(1)
+        if layer >= self._settings.dense_layers:
+            select.write_bounds(pool, self._bounds[layer], *self._touched.get(batch, self._pages))
 
     def _pages(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The pages that the batch has written to, and how many of their tokens are now there."""
         slots = batch.slot_mapping.numpy()
-        last = np.flatnonzero(
-            np.append(np.diff(slots // self._page) != 0, True)
-        )  # rows of a page are neighbours
+        # The rows of a page are neighbours.
+        last = np.flatnonzero(np.append(np.diff(slots // self._page) != 0, True))
         last = last[slots[last] >= 0]
         ends = slots[last]
-        return torch.from_numpy(ends // self._page).long(), torch.from_numpy(ends % self._page + 1)
+        return torch.from_numpy(ends // self._page).long(), torch.from_numpy(ends % self._page + 1).long()
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
@@ -120,9 +111,8 @@ class QuestSelector(Selector):
 
     def _chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
         page, rows = self._page, heads.rows
-        both = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
         bounds = self._bounds[layer].unsqueeze(1)
-        index, counts = yield from heads.choose(both, bounds, self._settings.budget // page)
+        index, counts = yield from heads.choose(q, bounds, self._settings.budget // page)
         # Of the last page, which is the row's own, only what is not behind the row.
         tokens = (counts - 1) * page + (rows.position % page + 1)[:, None]
         return TokensOfHeads(select.places(index, rows.table, page, page), tokens)

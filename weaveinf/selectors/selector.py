@@ -273,14 +273,15 @@ class HeadsChoice:
         self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
         self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
         self._width = int(seen.max())
+        self._scale = heads.head_dim**-0.5
 
     def choose(
-        self, q: Tensor, keys: Tensor, capacity: int
+        self, q: Tensor, keys: Tensor, capacity: int, channels: Tensor | None = None
     ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
         int32 [rows, Hkv, capacity] and [rows, Hkv]."""
         votes = select.votes(
-            q, keys, self.rows.table, self._firsts, self._ends, self._width, self._heads.head_dim**-0.5
+            q, keys, self.rows.table, self._firsts, self._ends, self._width, self._scale, channels
         )
         if self._heads.replicated:  # the queries of a KV head are on several ranks
             ballot = votes.new_zeros(len(q), self._heads.num_kv_heads, self._width)
