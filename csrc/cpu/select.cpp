@@ -22,7 +22,7 @@ struct Wish {
   double scale;
 };
 
-constexpr index_t SHARE = 2048;  // keys of a task
+constexpr index_t LEAST_SHARE = 256, MOST_SHARE = 2048;  // keys of a task
 constexpr index_t MOST_CHANNELS = 1024;
 
 thread_local Scratch wish_scratch, score_scratch;
@@ -32,7 +32,7 @@ template <class T, int H>
 struct Row {
   const Wish& w;
   const Call& c;
-  index_t row, first, end, chunks, all, keys;
+  index_t row, first, end, chunks, all, keys, each;  // each: keys of a share
   float *q, *scores, *tops, *totals;
 
   float* of(index_t chunk) const { return scores + chunk * (keys + LANES) * H; }
@@ -67,7 +67,7 @@ struct Row {
   // Scores of the share's keys and the highest of each head.
   void score(index_t share) {
     const Task t{row, 0, c.kv_heads, row, 1, first, end, nullptr, 1};
-    const index_t from = first + share * SHARE, to = std::min(from + SHARE, end);
+    const index_t from = first + share * each, to = std::min(from + each, end);
     const index_t bytes = c.kv_heads * c.dim * index_t(sizeof(T));
     const T *rows[2][KEYS], *heads[KEYS + LANES];
     for (index_t i = 0; i < all; ++i) store(tops + (share * all + i) * LANES, splat(NEVER));
@@ -117,7 +117,7 @@ struct Row {
 
   // exp(score - highest) in place, and its sums.
   void exponentials(index_t share, float* sums) {
-    const index_t from = share * SHARE, to = std::min(from + SHARE, keys);
+    const index_t from = share * each, to = std::min(from + each, keys);
     for (index_t i = 0; i < all; ++i) {
       const vf top = load<vf>(tops + i * LANES);
       float* x = of(i);
@@ -141,7 +141,7 @@ struct Row {
   }
 
   void vote(index_t share) {
-    const index_t from = share * SHARE, to = std::min(from + SHARE, keys);
+    const index_t from = share * each, to = std::min(from + each, keys);
     for (index_t kv = 0; kv < c.kv_heads; ++kv) {
       float* out = w.out + (row * c.kv_heads + kv) * w.width + first;
       for (index_t i = 0; i < chunks; ++i) {
@@ -166,18 +166,19 @@ void votes(const Wish& w, const Call& c) {
   const index_t chunks = ceil_div(c.group(), H), all = c.kv_heads * chunks;
   index_t most = 0;
   for (index_t r = 0; r < w.rows; ++r) most = std::max<index_t>(most, w.ends[r] - w.firsts[r]);
-  const index_t shares_most = ceil_div(most, SHARE);
+  const index_t shares_most = ceil_div(most, LEAST_SHARE);
   float* at = wish_scratch.get<float>(all * (H * c.dim + (most + LANES) * H + 2 * shares_most * LANES) + 64);
   for (index_t r = 0; r < w.rows; ++r) {
-    Row<T, H> row{w, c, r, w.firsts[r], w.ends[r], chunks, all, w.ends[r] - w.firsts[r], nullptr, nullptr,
-                  nullptr, nullptr};
+    const index_t keys = w.ends[r] - w.firsts[r], part = round_up(ceil_div(keys, 4 * w.threads), KEYS);
+    const index_t each = std::min(std::max(part, LEAST_SHARE), MOST_SHARE);
+    Row<T, H> row{w, c, r, w.firsts[r], w.ends[r], chunks, all, keys, each, nullptr, nullptr, nullptr, nullptr};
     for (index_t kv = 0; kv < c.kv_heads; ++kv) {
       float* out = w.out + (r * c.kv_heads + kv) * w.width;
       std::fill(out, out + std::min<index_t>(row.first, w.width), -NEVER);
       std::fill(out + std::min<index_t>(std::max(row.first, row.end), w.width), out + w.width, -NEVER);
     }
     if (row.keys <= 0) continue;
-    const index_t shares = ceil_div(row.keys, SHARE);
+    const index_t shares = ceil_div(keys, each);
     row.q = at, row.tops = at + all * H * c.dim, row.totals = row.tops + shares * all * LANES;
     row.scores = row.totals + shares * all * LANES;
     row.place_queries();
@@ -219,8 +220,9 @@ struct Candidate {
   }
 };
 
-// Positions of the k best of x[0..n), ascending. Of the highest scores of as many blocks as k, all scores that
-// count are at least the lowest: blocks below it are not looked into.
+// Positions of the k best of x[0..n), ascending. Scores lie in groups, of `depth` every LANES apart, the last ones
+// each for itself. Of the highest of every group the k-th best is a bound that k scores reach: groups below it are
+// not looked into.
 index_t top_of_row(const float* x, index_t n, index_t k, int32_t* out) {
   static thread_local std::vector<float> highest, sorted;
   static thread_local std::vector<Candidate> found;
@@ -229,30 +231,34 @@ index_t top_of_row(const float* x, index_t n, index_t k, int32_t* out) {
     for (index_t i = 0; i < n; ++i) out[i] = int32_t(i);
     return n;
   }
-  index_t block = 1;
-  while (block < 64 && n >= 8 * block * k) block *= 2;
-  block = std::max<index_t>(block, 4);
-  const index_t blocks = ceil_div(n, block);
-  highest.resize(size_t(blocks));
-  for (index_t b = 0; b < blocks; ++b) {
-    float best = NEVER;
-    for (index_t i = b * block; i < std::min(n, (b + 1) * block); ++i) best = x[i] > best ? x[i] : best;
-    highest[size_t(b)] = best;
+  index_t depth = 1;
+  while (depth < 64 && n >= 8 * depth * k) depth *= 2;
+  const index_t step = depth * LANES, in_groups = n / step * step, groups = in_groups / depth;
+  highest.resize(size_t(groups + n - in_groups));
+  float* top = highest.data();
+  for (index_t i = 0; i < in_groups; i += step, top += LANES) {
+    vf best = splat(NEVER);
+    for (index_t j = 0; j < step; j += LANES) best = max(load<vf>(x + i + j), best);  // not a NaN
+    store(top, best);
   }
+  for (index_t i = in_groups; i < n; ++i) *top++ = x[i] == x[i] ? x[i] : NEVER;
   float least = NEVER;
-  if (blocks > k) {
+  if (index_t(highest.size()) > k) {
     sorted = highest;
     std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
     least = sorted[size_t(k - 1)];
   }
   found.clear();
-  for (index_t b = 0; b < blocks; ++b) {
-    if (highest[size_t(b)] < least) continue;
-    for (index_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
-      const float score = x[i] == x[i] ? x[i] : NEVER;
-      if (score >= least) found.push_back({score, int32_t(i)});
-    }
+  const auto consider = [&](index_t i) {
+    const float score = x[i] == x[i] ? x[i] : NEVER;
+    if (score >= least) found.push_back({score, int32_t(i)});
+  };
+  for (index_t g = 0; g < groups; ++g) {
+    if (highest[size_t(g)] < least) continue;
+    const index_t first = g / LANES * step + g % LANES;
+    for (index_t j = 0; j < step; j += LANES) consider(first + j);
   }
+  for (index_t i = in_groups; i < n; ++i) consider(i);
   std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
   for (index_t i = 0; i < k; ++i) out[i] = found[size_t(i)].at;
   std::sort(out, out + k);
