@@ -7,11 +7,12 @@ from dataclasses import fields
 from typing import Any
 
 from weaveinf.selectors.fasa import Fasa
+from weaveinf.selectors.hisa import Hisa
 from weaveinf.selectors.quest import Quest
 from weaveinf.selectors.selector import Settings
 from weaveinf.selectors.tokenselect import TokenSelect
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (TokenSelect, Fasa, Quest)}
+METHODS: dict[str, type[Any]] = {method.name: method for method in (TokenSelect, Fasa, Quest, Hisa)}
 
 
 def settings(wanted: Mapping[str, Any]) -> Settings:
