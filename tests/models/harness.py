@@ -94,8 +94,9 @@ class Lockstep:
         pages: int = 64,
         max_model_len: int | None = None,
         load_format: str = "auto",
+        index_keys: str = "exact",
     ) -> None:
-        self.config = ModelConfig.from_path(path, max_model_len)
+        self.config = ModelConfig.from_path(path, max_model_len).with_index_keys(index_keys)
         self.dtype = dtype
         self.models: list[Model] = []
         for rank in range(size):

@@ -108,7 +108,7 @@ def test_sixty_four_greedy_tokens_are_those_of_transformers(tmp_path: Path, fami
         assert (same | tie).all()
 
 
-@pytest.mark.parametrize(("family", "size"), [("llama", 2), ("qwen3", 1), ("qwen2", 4)])
+@pytest.mark.parametrize(("family", "size"), [("llama", 2), ("qwen3", 1), ("qwen2", 4), ("deepseek_v3", 2)])
 def test_bfloat16_is_as_near_to_the_truth_as_transformers(tmp_path: Path, family: str, size: int) -> None:
     model = make_checkpoint(tmp_path, family)
     model = model.bfloat16()

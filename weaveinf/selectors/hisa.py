@@ -2,7 +2,8 @@
 
 The indexer scores every cached token to find those that a row reads. Here it scores the means of blocks of
 keys first, and tokens only of the best `blocks` blocks; the first block and the row's own always count. A row
-with no more tokens than these blocks hold is served as without it.
+with no more tokens than these blocks hold is served as without it. (Its own block is seldom full: where the
+blocks hold hardly more than a row reads, some rows read a little less.)
 
 A block's mean is kept with the block's last page, whose hash covers all that came before it, so what requests
 share may stay. It is made when the block's last token is written, and read by rows behind it alone: never is
@@ -131,6 +132,7 @@ class HisaSelector:
         blocks, counts = self._best_blocks(layer, q, weights, segment)
         offsets = torch.arange(block, dtype=torch.int32, device=q.device)
         tokens = (blocks.unsqueeze(-1) * block + offsets).flatten(1)
+        tokens = torch.minimum(tokens, rows.position.unsqueeze(-1))  # none behind the row has a page
         ends = (counts - 1) * block + rows.position % block + 1
         slots = select.slots(tokens, rows.table, self._page)
         found, counts = index.choose_among(q, weights, keys, slots, ends, self._top_k)
