@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.models.harness import INDEXED, Lockstep, make_checkpoint
 from tests.models.test_families import TOKENS
 from weaveinf.models import indexer
+from weaveinf.models.config import ModelConfig
 from weaveinf.models.indexer import KEYS
 from weaveinf.ops import index
 from weaveinf.ops.moe import route_in_groups
@@ -97,6 +98,14 @@ def test_further_layers_are_not_read(tmp_path: Path) -> None:
     more = {"model.layers.3.eh_proj.weight": torch.zeros(2), "model.layers.3.enorm.weight": torch.zeros(2)}
     save_file(load_file(file) | more, file, {"format": "pt"})
     assert torch.equal(Lockstep(tmp_path).step((0, TOKENS, 40)), want)
+
+
+@pytest.mark.parametrize("q_rank", [20, None])
+def test_how_many_weights_its_attention_has(tmp_path: Path, q_rank: int | None) -> None:
+    theirs = make_checkpoint(tmp_path, "deepseek_v3", q_lora_rank=q_rank)
+    count = sum(p.numel() for p in theirs.model.layers[0].self_attn.parameters() if p.dim() == 2)
+    latents = ModelConfig.from_path(tmp_path).latents
+    assert latents is not None and latents.weights(48, 4) == count
 
 
 def test_routing_in_groups() -> None:

@@ -134,6 +134,7 @@ def test_as_many_blocks_as_there_are_choose_as_the_indexer_alone() -> None:
 def test_budgets_and_what_shapes_a_page() -> None:
     made = selector(Hisa(32, 4))
     assert [made.budgets.resolved(asked) for asked in (-1, 0, 1, 64, 65, 500)] == [128, 0, 64, 64, 96, 512]
+    assert made.budgets.resolved(2**31 - 1) == 2**30
     assert made.shape(1000, 128, 128) == b"" and made.shape(1000, 4096, 0) == b""
     assert made.shape(1000, 144, 128) != made.shape(1000, 144, 96) != b""
 
@@ -151,6 +152,7 @@ def worker(path: Path, **settings: Any) -> Worker:
         ("deepseek_v32", "quest", "this model caches latents"),
         ("deepseek_v32", Hisa(24, 4), "block=24 must be a multiple of 16"),
         ("deepseek_v32", Hisa(16, 1), "blocks=1 must be at least 2"),
+        ("deepseek_v32", Hisa(16, 1 << 27), "and at most 67108864"),
         ("glm_moe_dsa", Hisa(16, 2), "at least 3"),
     ],
 )

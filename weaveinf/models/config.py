@@ -85,6 +85,12 @@ class Latents:
     value: int
     interleaved: bool
 
+    def weights(self, hidden: int, heads: int) -> int:
+        """How many a layer's attention has, its indexer excluded."""
+        queries = (self.q_rank or hidden) * heads * (self.nope + self.rope) + hidden * (self.q_rank or 0)
+        cached = hidden * (self.kv_rank + self.rope) + self.kv_rank * heads * (self.nope + self.value)
+        return queries + cached + heads * self.value * hidden
+
 
 @dataclass(frozen=True)
 class Indexing:

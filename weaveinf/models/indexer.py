@@ -46,6 +46,8 @@ class Indexer:
         assert config.indexing is not None and config.latents is not None
         self.config = indexing = config.indexing
         assert config.latents.q_rank is not None
+        if weights.device.type != "cpu":
+            raise ValueError(f"the indexer of {config.architecture} runs on CPUs only; use device='cpu'")
         heads, dim = indexing.heads, indexing.dim
         self.layer = sum(indexing.layers[:layer])  # among those that score
         self.rope = config.latents.rope

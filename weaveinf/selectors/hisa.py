@@ -27,6 +27,8 @@ from weaveinf.ops.index import IndexKeys
 from weaveinf.selectors.selector import Budgets, Heads, Memo, Segment
 
 POOL = "hisa means"
+MOST = 1 << 30
+"""Tokens of blocks that are looked into."""
 FLAT, STAGED = 1, 2
 """How rows that do not read all are served: all their tokens are scored, or blocks first."""
 
@@ -56,7 +58,7 @@ class _WholeBlocks(Budgets):
         self._block, self._least = settings.block, max(top_k, 2 * settings.block)
 
     def resolved(self, budget: int) -> int:
-        budget = super().resolved(budget)
+        budget = min(super().resolved(budget), MOST)
         return -(-max(budget, self._least) // self._block) * self._block if budget else 0
 
 
@@ -74,8 +76,11 @@ class HisaSelector:
             )
         if settings.block < page_size or settings.block % page_size:
             raise ValueError(f"hisa: block={settings.block} must be a multiple of {page_size}")
-        if settings.blocks < 2:
-            raise ValueError(f"hisa: blocks={settings.blocks} must be at least 2, the first one and the last")
+        if settings.blocks < 2 or settings.budget > MOST:
+            raise ValueError(
+                f"hisa: blocks={settings.blocks} must be at least 2, the first one and the last, and at most "
+                f"{MOST // settings.block}"
+            )
         if settings.budget < heads.index.top_k:
             raise ValueError(
                 f"hisa: {settings.blocks} blocks of {settings.block} tokens hold fewer than the "
