@@ -41,6 +41,8 @@ SURFACE = {
     | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--trace", "--json"},
     "bench overlap": ENGINE
     | {"--load-format", "--tokens", "--decode", "--emulate", "--pairs", "--trace", "--json"},
+    "bench selectors": {"--methods", "--tokens", "--batch", "--heads", "--kv-heads", "--head-dim", "--turns"}
+    | {"--json"},
     "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
     "doctor": {"--tp", "--json"},
 }

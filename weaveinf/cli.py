@@ -71,6 +71,19 @@ def parser() -> argparse.ArgumentParser:
     overlap.add_argument("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
     _results(overlap)
 
+    chosen = _command(
+        kinds, "selectors", "a layer's decode attention over long contexts, chosen beside dense"
+    )
+    add = chosen.add_argument
+    add("--methods", nargs="+", default=["tokenselect", "fasa", "quest"], help="(all)")
+    add("--tokens", type=int, nargs="+", default=[32768, 131072], help="cached (32768 131072)")
+    add("--batch", type=int, default=1, help="sequences (1)")
+    add("--heads", type=int, default=16, help="query heads (16)")
+    add("--kv-heads", type=int, default=8, help="KV heads (8)")
+    add("--head-dim", type=int, default=128, help="of each (128)")
+    add("--turns", type=int, default=15, help="of which the median counts (15)")
+    _json(chosen)
+
     plan = _command(commands, "plan", "predict what weaving gains on GPUs that need not be here")
     plan.add_argument("model", metavar="MODEL", help="a directory with a config.json")
     plan.add_argument("--tp", type=int, default=8, help="number of ranks (8)")
@@ -152,7 +165,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
     add("--device", help="auto, cpu or cuda (auto)")
     add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
     add("--weave", help="auto, off or on (auto)")
-    add("--selector", help="sparse attention method (none)")
+    add("--selector", help="which tokens long contexts read: NAME, or NAME:setting=value,... (none: all)")
     add("--max-model-len", type=int, help="tokens of prompt and output together (the model's)")
     add("--seed", type=int, help="of requests without one (0)")
     add("--revision", help="of a hub repository")

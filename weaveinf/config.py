@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, get_args
 
@@ -27,8 +28,8 @@ class EngineConfig:
         device: "auto" takes CUDA where there is one.
         dtype: "auto" takes the checkpoint's.
         weave: whether batches are cut in two halves ("on" is strict, see DESIGN section 1).
-        selector: which cached tokens long contexts read: a method's name, its settings (`weaveinf.Quest`) or
-            a mapping of its "name" and settings; None: all.
+        selector: which cached tokens long contexts read: NAME or NAME:setting=value,..., an object of
+            settings (`weaveinf.Quest`), or a mapping of the "name" and settings; None: all.
         index_keys: how the indexer of a model with sparse attention keeps its keys: "exact" in the model's
             dtype, or in "fp8", which needs less memory and chooses a little differently.
         max_model_len: tokens of prompt and output together; None: the model's own limit.
@@ -80,7 +81,7 @@ class EngineConfig:
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < 1 << 20:
             raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be positive")
         if isinstance(self.selector, str):
-            object.__setattr__(self, "selector", {"name": self.selector})
+            object.__setattr__(self, "selector", _selector(self.selector))
         elif is_dataclass(self.selector) and not isinstance(self.selector, type):
             name = getattr(self.selector, "name", None)
             object.__setattr__(self, "selector", {"name": name} | asdict(self.selector))
@@ -98,6 +99,21 @@ class EngineConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _selector(words: str) -> dict[str, Any]:
+    """NAME or NAME:setting=value,... in a mapping."""
+    name, _, rest = words.partition(":")
+    found: dict[str, Any] = {"name": name}
+    for setting in filter(None, rest.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"selector={words!r}: {setting!r} is not of the form setting=value")
+        for kind in (int, float, str):
+            with suppress(ValueError):
+                found[key] = kind(value)
+                break
+    return found
 
 
 def _one_of(name: str, value: object, choices: Any) -> None:

@@ -14,6 +14,7 @@ from weaveinf.cluster.launch import launch
 from weaveinf.config import EngineConfig
 from weaveinf.engine.engine import Engine, Update
 from weaveinf.engine.request import CompletionOutput, RequestOutput, SamplingParams
+from weaveinf.selectors.registry import settings as selector_settings
 
 Prompt = str | Sequence[int]
 
@@ -42,6 +43,8 @@ class LLM:
             known = ", ".join(sorted(EngineConfig.__dataclass_fields__))
             raise ValueError(f"unknown setting {min(unknown)!r}; there are: {known}")
         self.config = EngineConfig(model=str(model), **settings)
+        if self.config.selector is not None:
+            selector_settings(self.config.selector)  # better refused before ranks are started
         self._lock = threading.RLock()  # a signal's handler may close it in the midst of a step
         self._inboxes: dict[int, deque[Update]] = {}
         executor = launch(self.config, _LoadingBar() if show_progress else None)

@@ -242,6 +242,14 @@ index_t top_of_row(const float* x, index_t n, index_t k, int32_t* out) {
   return k;
 }
 
+// What weaveinf/ops/select.py packs. index: [rows, kv_heads, count] of runs of `run` tokens; out: [rows, kv_heads,
+// count * run].
+struct Places {
+  const int32_t *index, *table;
+  int32_t* out;
+  index_t table_row, rows, kv_heads, count, run, page_size, threads;
+};
+
 }  // namespace
 }  // namespace weave
 
@@ -269,6 +277,26 @@ extern "C" int weave_top_k(const void* packed) {
                                      std::min<index_t>(c.wanted[r], c.capacity), out);
     c.counts[r] = int32_t(count);
     std::fill(out + count, out + c.capacity, -1);
+  }
+  return 0;
+}
+
+extern "C" int weave_places(const void* packed) {
+  using namespace weave;
+  const auto c = unpack<Places>(packed);
+  const index_t lists = c.rows * c.kv_heads;
+  const int threads = lists * c.count * c.run > WORTH_A_TEAM ? int(c.threads) : 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (index_t l = 0; l < lists; ++l) {
+    const int32_t* table = c.table + l / c.kv_heads * c.table_row;
+    const int32_t heads = int32_t(c.kv_heads), head = int32_t(l % c.kv_heads), page = int32_t(c.page_size);
+    const int32_t* from = c.index + l * c.count;
+    int32_t* to = c.out + l * c.count * c.run;
+    for (index_t i = 0; i < c.count; ++i) {
+      const int32_t first = from[i] < 0 ? 0 : from[i] * int32_t(c.run);
+      int32_t at = (table[first / page] * page + first % page) * heads + head;
+      for (index_t j = 0; j < c.run; ++j, at += heads) *to++ = at;
+    }
   }
   return 0;
 }

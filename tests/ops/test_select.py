@@ -135,9 +135,11 @@ def test_attention_by_head_reads_what_was_chosen(monkeypatch: pytest.MonkeyPatch
         for g in range(kv_heads):
             n = int(counts[r, g])
             index[r, g, :n] = torch.randperm(length)[:n].sort().values.int()
-    slots = select.slots(index.flatten(0, 1), table.repeat_interleave(kv_heads, 0), page).view(index.shape)
+    places = select.places(index, table, page)
+    assert torch.equal(places, select.places_reference(index, table, page))
+    slots = places // kv_heads
     out = torch.full_like(q, torch.nan)
-    select.attend_by_head(q, keys, values, slots, counts, 0.3, out)
+    select.attend_by_head(q, keys, values, places, counts, 0.3, out)
     for r in range(2):
         for head in range(heads):
             g = head // (heads // kv_heads)
@@ -155,7 +157,18 @@ def test_all_tokens_are_dense_attention() -> None:
     q = torch.randn(3, 4, 32)
     positions = torch.tensor([127, 128, 129], dtype=torch.int32)
     starts = torch.tensor([0, 3], dtype=torch.int32)
-    slots = select.slots(torch.arange(130, dtype=torch.int32)[None], table, 16)
+    slots = select.places(torch.arange(130, dtype=torch.int32)[None, None], table, 16)[0]
     got = select.attend(q, pool, values, slots, starts, positions, 0.2, torch.full_like(q, torch.nan))
     want = paged_attention_reference(q, pool, values, table, starts, positions, 0.2)
     close(got, want, 8, 4.0)
+
+
+@needs_kernels
+@given(
+    st.integers(1, 4), st.integers(1, 5), st.integers(0, 9), st.sampled_from([1, 2, 8]), st.integers(0, 99)
+)
+def test_places(rows: int, kv_heads: int, count: int, run: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randperm(rows * 7, generator=generator).to(torch.int32).view(rows, 7)
+    index = torch.randint(-1, 7 * 8 // run, (rows, kv_heads, count), generator=generator).int()
+    assert torch.equal(select.places(index, table, 8, run), select.places_reference(index, table, 8, run))

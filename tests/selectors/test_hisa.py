@@ -67,7 +67,7 @@ class Cached:
             state_slot=torch.arange(len(chunks), dtype=torch.int32),
             logit_rows=torch.arange(0),
         )
-        self.selector.write(0, self.keys, batch)
+        self.selector.write_index(0, self.keys, batch)
         return batch
 
     def free_all(self) -> None:
@@ -133,10 +133,13 @@ def test_as_many_blocks_as_there_are_choose_as_the_indexer_alone() -> None:
 
 def test_budgets_and_what_shapes_a_page() -> None:
     made = selector(Hisa(32, 4))
-    assert [made.budgets.resolved(asked) for asked in (-1, 0, 1, 64, 65, 500)] == [128, 0, 64, 64, 96, 512]
-    assert made.budgets.resolved(2**31 - 1) == 2**30
+    assert [made.budgets.resolved(asked) for asked in (None, 0, 64, 100)] == [128, 0, 64, 100]
+    for asked in (63, 129):
+        with pytest.raises(ValueError, match="must be 0 or 64 to 128"):
+            made.budgets.resolved(asked)
     assert made.shape(1000, 128, 128) == b"" and made.shape(1000, 4096, 0) == b""
     assert made.shape(1000, 144, 128) != made.shape(1000, 144, 96) != b""
+    assert made.shape(1000, 144, 100) == made.shape(1000, 144, 96)
 
 
 def worker(path: Path, **settings: Any) -> Worker:

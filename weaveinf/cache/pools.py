@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weaveinf.ops import large
+
 
 @dataclass(frozen=True)
 class PoolSpec:
@@ -37,10 +39,16 @@ class Pools:
     """Storage of all pools for `num_pages` pages; one block table addresses them all.
 
     `pools["key"][layer]` is `[num_pages, page_size, *shape]`, or `[num_pages, *shape]` per page.
+    scattered: single tokens will be read here and there.
     """
 
     def __init__(
-        self, specs: Sequence[PoolSpec], num_pages: int, page_size: int, device: torch.device
+        self,
+        specs: Sequence[PoolSpec],
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        scattered: bool = False,
     ) -> None:
         self.specs = tuple(specs)
         self.num_pages = num_pages
@@ -49,18 +57,21 @@ class Pools:
         for spec in self.specs:
             per_page = (page_size, *spec.shape) if spec.per == "token" else spec.shape
             self._pools[spec.name] = [
-                _zeros((num_pages, *per_page), spec.dtype, device) for _ in range(spec.layers)
+                _zeros((num_pages, *per_page), spec.dtype, device, scattered) for _ in range(spec.layers)
             ]
 
     def __getitem__(self, name: str) -> list[Tensor]:
         return self._pools[name]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scattered: bool) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = prod(shape) * dtype.itemsize
+    if scattered and nbytes >= large.PAGE:
+        return large.memory(nbytes).view(dtype).view(shape)
     # calloc: the system gives memory to a page of the cache when it is first written.
-    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
 
 
 def bytes_per_page(specs: Sequence[PoolSpec], page_size: int) -> int:

@@ -11,14 +11,15 @@ import numpy as np
 from tqdm import trange
 
 from weaveinf.cli import settings
-from weaveinf.commands import overlap
+from weaveinf.commands import overlap, selectors
 from weaveinf.commands.report import Machine, Work, steps, tell_trace, what_ran, write_json
 from weaveinf.engine.request import SamplingParams
 from weaveinf.llm import LLM
 
 
 def run(args: argparse.Namespace) -> None:
-    {"latency": latency, "throughput": throughput, "overlap": overlap.run}[args.bench](args)
+    kinds = {"latency": latency, "throughput": throughput, "overlap": overlap.run, "selectors": selectors.run}
+    kinds[args.bench](args)
 
 
 def latency(args: argparse.Namespace) -> None:

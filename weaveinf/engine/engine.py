@@ -75,11 +75,10 @@ class Engine:
             return {}
 
         def shape(request: Request, end: int) -> bytes:
-            asked = request.params.selector_budget
-            budget = selector.budgets.resolved(-1 if asked is None else asked)
+            budget = selector.budgets.resolved(request.params.selector_budget)
             return selector.shape(len(request.prompt_token_ids), end, budget)
 
-        return {"row_align": selector.row_align, "shape": shape}
+        return {"row_align": selector.row_align, "shape": shape, "publishes": selector.publishes}
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
@@ -105,6 +104,12 @@ class Engine:
         Raises:
             ValueError: when it can never be served; nothing is queued then.
         """
+        if selector := self.executor.worker.selector:
+            selector.budgets.resolved(params.selector_budget)
+        elif params.selector_budget:
+            raise ValueError(
+                f"selector_budget={params.selector_budget} without a selector: every token is read"
+            )
         fallback = mix_seed(self.config.seed, next(self._seeds))
         vocab_size = self.model_config.vocab_size
         ids = [next(self._ids) for _ in range(params.n)]

@@ -14,8 +14,9 @@ Shape = Callable[[Request, int], bytes]
 class Prefixes:
     """Prefix sharing of requests; the pages themselves are the allocator's."""
 
-    def __init__(self, blocks: BlockAllocator, row_align: int, shape: Shape) -> None:
+    def __init__(self, blocks: BlockAllocator, row_align: int, shape: Shape, publishes: bool) -> None:
         self._blocks = blocks
+        self._publishes = publishes
         self._row_align = row_align
         self._shape = shape
 
@@ -44,12 +45,16 @@ class Prefixes:
     def fills(self, request: Request, end: int) -> list[bytes]:
         """The hashes of the pages, not yet published, that are full once the known tokens before
         position `end` are computed."""
+        if not self._publishes:
+            return []
         return self._hashes(request, end // self._blocks.block_size)[request.num_published :]
 
     def publish(self, request: Request) -> None:
         """Offers the pages whose tokens are known and whose steps are scheduled."""
         size = self._blocks.block_size
-        if request.num_computed >= (request.num_published + 1) * size:  # spares most decode steps the rest
+        if (
+            self._publishes and request.num_computed >= (request.num_published + 1) * size
+        ):  # spares most decode steps the rest
             full = min(request.num_computed, request.num_known) // size
             hashes = self._hashes(request, full)
             for i in range(request.num_published, full):

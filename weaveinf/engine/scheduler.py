@@ -46,7 +46,8 @@ class Scheduler:
 
     Requests are served in the order they were added; each keeps its place when it is preempted
     (the newest first, never the oldest, so that something always ends). `row_align`: where prompts
-    may be cut, see `legal_cut`; `shape`: of pages, see there. Not thread-safe.
+    may be cut, see `legal_cut`; `shape`: of pages, see there; `publishes`: whether requests share theirs. Not
+    thread-safe.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         row_align: int = 1,
         shape: Shape = lambda request, end: b"",
+        publishes: bool = True,
     ) -> None:
         if min(max_num_seqs, max_num_batched_tokens, row_align) < 1 or max_model_len < 2:
             raise ValueError(
@@ -80,7 +82,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self._row_align = row_align
-        self._prefixes = Prefixes(blocks, row_align, shape)
+        self._prefixes = Prefixes(blocks, row_align, shape, publishes)
         self._requests: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()  # oldest first, all newer than any running one
         self._running: list[Request] = []  # oldest first

@@ -83,7 +83,8 @@ class Worker:
             self.selector = self._selector(config)
             specs = [*self.model.pool_specs, *(self.selector.pools if self.selector else ())]
             self.num_pages = self._agree_on_pages(specs)
-            self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device)
+            scattered = self.selector is not None or self.model_config.indexing is not None
+            self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device, scattered)
             if self.selector is not None:
                 self.selector.bind(self.pools)
             self.model.bind(self.pools, self.selector)
@@ -189,7 +190,10 @@ class Worker:
         if self.weaver.recorder is not None:
             self.weaver.recorder.begin(step.number)
         with torch.cuda.device(self.ranks.device) if self._on_gpu else nullcontext():
-            x = self.weaver.run(self._batch(step), step.cut, step.seam_ctas)
+            batch = self._batch(step)
+            if self.selector is not None:
+                self.selector.begin(batch, self.config.max_num_batched_tokens)
+            x = self.weaver.run(batch, step.cut, step.seam_ctas)
             output = self.sampler.run(self.model.head, x, step)
         if self._on_gpu:
             self.ranks.check()  # now all kernels of the step are over

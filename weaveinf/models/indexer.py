@@ -89,7 +89,7 @@ class Indexer:
             pool = self.keys.scales[:, :, None, None]
             write_kv(scales.unsqueeze(-1), scales.unsqueeze(-1), pool, pool, slots)
         if self.selector is not None:
-            self.selector.write(self.layer, self.keys, batch)
+            self.selector.write_index(self.layer, self.keys, batch)
 
     def choose(self, x: Tensor, latents: Tensor, batch: Batch) -> Sequence[Segment]:
         """What each row of a batch may read: x [rows, hidden], latents [rows, q_rank]; keys are written."""
@@ -107,7 +107,8 @@ class Indexer:
             else:
                 where = segment.block_table, segment.cu_seqlens, segment.positions
                 chosen, counts = index.choose(*mine, *where, self.config.top_k)
-            slots = select.slots(chosen, segment.per_row.table, self.keys.page_size)
+            table, page_size = segment.per_row.table, self.keys.page_size
+            slots = select.places(chosen.unsqueeze(1), table, page_size).squeeze(1)
             starts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
             segment.chosen = Tokens(slots, starts, counts - 1)
         return found

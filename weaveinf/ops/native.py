@@ -52,6 +52,7 @@ _LAYOUTS = {
     "weave_attention": "7P13nd",
     "weave_votes": "6P11nd",
     "weave_top_k": "5P4n",
+    "weave_places": "3P7n",
     "weave_replay": "Pn",
 }
 """The arguments of the kernels: the structs of csrc/cpu, for the `struct` module."""

@@ -110,11 +110,37 @@ def top_k(scores: Tensor, ends: Tensor, wanted: Tensor, capacity: int) -> tuple[
     return out, counts
 
 
-def slots(index: Tensor, table: Tensor, page_size: int) -> Tensor:
-    """Where positions lie in the cache: index int32 [rows, n] and table int32 [rows, max_blocks] -> int32
-    [rows, n]; some slot of the row where the index is -1."""
-    at = index.clamp(min=0).long()
-    return table.gather(1, at // page_size) * page_size + (at % page_size).int()
+def places_reference(index: Tensor, table: Tensor, page_size: int, run: int = 1) -> Tensor:
+    """See `places`."""
+    rows, kv_heads, _ = index.shape
+    tokens = index.clamp(min=0).unsqueeze(-1) * run + torch.arange(run, device=index.device)
+    tokens = tokens.flatten(1)
+    slots = table.gather(1, tokens // page_size).long() * page_size + tokens % page_size
+    heads = torch.arange(kv_heads, device=index.device)[:, None]
+    return (slots.view(rows, kv_heads, -1) * kv_heads + heads).int()
+
+
+def places(index: Tensor, table: Tensor, page_size: int, run: int = 1) -> Tensor:
+    """Where what each KV head chose lies in the cache: index int32 [rows, Hkv, n] of runs of `run` tokens,
+    none across pages, and table int32 [rows, max_blocks] -> int32 [rows, Hkv, n * run], each a slot times Hkv
+    plus the head. Hkv is 1 where all heads share a choice. Some place of the row's where the index is -1."""
+    if index.is_cuda or native.lib is None:
+        return places_reference(index, table, page_size, run)
+    rows, kv_heads, count = index.shape
+    out = torch.empty(rows, kv_heads, count * run, dtype=torch.int32)
+    native.lib.weave_places(
+        index.data_ptr(),
+        table.data_ptr(),
+        out.data_ptr(),
+        table.stride(0),
+        rows,
+        kv_heads,
+        count,
+        run,
+        page_size,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def attend(
@@ -135,24 +161,14 @@ def attend(
 
 
 def attend_by_head(
-    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, counts: Tensor, scale: float, out: Tensor
+    q: Tensor, keys: Tensor, values: Tensor, places: Tensor, counts: Tensor, scale: float, out: Tensor
 ) -> Tensor:
-    """Attention of each row's queries of each KV head over tokens of their own: slots int32 [rows, Hkv, n],
-    of which the first counts[row, head] count (int32 [rows, Hkv], at least 1); out contiguous."""
+    """Attention of each row's queries of each KV head over tokens of their own, at `places` (int32 [rows,
+    Hkv, n]), of which the first counts[row, head] count (int32 [rows, Hkv], at least 1); out contiguous."""
     rows, heads, dim = q.shape
     kv_heads = keys.shape[2]
-    virtual = slots * kv_heads + torch.arange(kv_heads, dtype=torch.int32, device=q.device)[:, None]
-    grouped = (rows * kv_heads, heads // kv_heads, dim)
+    grouped, one = (rows * kv_heads, heads // kv_heads, dim), (-1, 1, 1, dim)
     starts = torch.arange(rows * kv_heads + 1, dtype=torch.int32, device=q.device)
-    one = (-1, 1, 1, dim)
-    paged_attention(
-        q.reshape(grouped),
-        keys.view(one),
-        values.view(one),
-        virtual.flatten(0, 1),
-        starts,
-        counts.flatten() - 1,
-        scale,
-        out=out.view(grouped),
-    )
+    where = (keys.view(one), values.view(one), places.flatten(0, 1), starts, counts.flatten() - 1)
+    paged_attention(q.reshape(grouped), *where, scale, out=out.view(grouped))
     return out

@@ -11,7 +11,7 @@ vote (`ops.select.votes`), as a set for each would read the whole key after all.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -29,12 +29,13 @@ from weaveinf.selectors.selector import (
     Budgets,
     Choosing,
     Heads,
+    HeadsChoice,
     Memo,
     PerRow,
     RowFacts,
     Segment,
+    Selector,
     TokensOfHeads,
-    per_head_votes,
     segments,
 )
 
@@ -105,10 +106,8 @@ def load(path: str, heads: Heads, count: int) -> Tensor:
     return torch.from_numpy(ranked[:, heads.kv_heads.start : heads.kv_heads.stop, :count].copy())
 
 
-class FasaSelector:
+class FasaSelector(Selector):
     """See `Selector`."""
-
-    row_align = 1
 
     def __init__(self, settings: Fasa, heads: Heads, page_size: int) -> None:
         half = heads.head_dim // 2
@@ -117,19 +116,16 @@ class FasaSelector:
                 f"fasa wants a budget of at least 1 and 1 to {half} planes, got {settings.budget} and "
                 f"{settings.planes}"
             )
-        self.budgets = Budgets(heads, settings.budget)
+        self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         planes = load(settings.table, heads, settings.planes)
         self._channels = torch.cat([planes, planes + half], dim=-1)  # [layers, Hkv, 2 planes]
-        self._digest = self._channels.numpy().tobytes()
+        each = heads.num_heads // heads.ranks // len(heads.kv_heads)
+        self._of_queries = self._channels.repeat_interleave(each, 1)
         shape = (len(heads.kv_heads), 2 * settings.planes)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers)]
         self._planes: list[Tensor] = []
         self._memo = Memo()
-
-    def admit(self, slot: int, budget: int) -> None:
-        """See `Selector`."""
-        self.budgets.admit(slot, budget)
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
@@ -150,29 +146,21 @@ class FasaSelector:
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
         found = self._memo.get(batch, self._segments)
-        for segment in found:
+        for segment, heads in found:
             segment.chosen = None
-            if layer and segment.per_row is not None:
-                segment.chosen = yield from self._chosen(layer, q[segment.rows], segment.per_row)
-        return found
+            if layer and heads is not None:
+                mine = q[segment.rows]
+                mine = mine.gather(2, self._of_queries[layer].expand(len(mine), -1, -1))
+                index, counts = yield from heads.choose(mine, self._planes[layer], self._settings.budget)
+                places = select.places(index, heads.rows.table, self._page)
+                segment.chosen = TokensOfHeads(places, counts)
+        return [segment for segment, _ in found]
 
-    def _segments(self, batch: Batch) -> list[Segment]:
+    def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
         facts = RowFacts.of(batch, self.budgets)
         sparse = (facts.position >= facts.prompt) & (facts.budget > 0) & (facts.position >= facts.budget)
-        return segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
 
-    def _chosen(self, layer: int, q: Tensor, rows: PerRow) -> Generator[Tensor, Tensor, TokensOfHeads]:
-        count, heads, _ = q.shape
-        kv_heads = len(self._heads.kv_heads)
-        channels = self._channels[layer].repeat_interleave(heads // kv_heads, 0)
-        ends = rows.position + 1
-        mine = q.gather(2, channels.expand(count, -1, -1))
-        firsts, width = torch.zeros_like(ends), int(ends.max())
-        votes = yield from per_head_votes(
-            self._heads, mine, self._planes[layer], rows.table, firsts, ends, width
-        )
-        each = (ends.repeat_interleave(kv_heads), rows.budget.repeat_interleave(kv_heads))
-        index, counts = select.top_k(votes.flatten(0, 1), *each, int(rows.budget.max()))
-        slots = select.slots(index, rows.table.repeat_interleave(kv_heads, 0), self._page)
-        shape = (count, kv_heads)
-        return TokensOfHeads(slots.view(*shape, -1), counts.view(shape))
+    def _heads_choice(self, rows: PerRow) -> HeadsChoice:
+        return HeadsChoice(self._heads, rows, rows.position + 1, rows.budget, (0, 0))

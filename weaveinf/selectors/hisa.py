@@ -24,7 +24,7 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
-from weaveinf.selectors.selector import Budgets, Heads, Memo, Segment
+from weaveinf.selectors.selector import Budgets, Heads, Memo, Segment, Selector
 
 POOL = "hisa means"
 MOST = 1 << 30
@@ -36,7 +36,7 @@ FLAT, STAGED = 1, 2
 @dataclass(frozen=True)
 class Hisa:
     """block: tokens whose keys have one mean; blocks: how many of them are looked into. A request's budget
-    counts the tokens of these blocks; 0: no blocks, all tokens are scored."""
+    is of the tokens of whole blocks; 0: no blocks, all tokens are scored."""
 
     name: ClassVar[str] = "hisa"
     block: int = 128
@@ -50,23 +50,9 @@ class Hisa:
         return HisaSelector(self, heads, page_size)
 
 
-class _WholeBlocks(Budgets):
-    """Budgets in whole blocks, never of fewer tokens than a row reads."""
-
-    def __init__(self, heads: Heads, settings: Hisa, top_k: int) -> None:
-        super().__init__(heads, settings.budget)
-        self._block, self._least = settings.block, max(top_k, 2 * settings.block)
-
-    def resolved(self, budget: int) -> int:
-        budget = min(super().resolved(budget), MOST)
-        return -(-max(budget, self._least) // self._block) * self._block if budget else 0
-
-
-class HisaSelector:
-    """See `Selector`; what it chooses depends on the indexer's queries and weights: `choose_among_blocks` is
-    in the place of `choose`."""
-
-    row_align = 1
+class HisaSelector(Selector):
+    """See `Selector`. What it looks at is the indexer's: `write_index` and `choose_among_blocks` are in the
+    places of `write` and `choose`."""
 
     def __init__(self, settings: Hisa, heads: Heads, page_size: int) -> None:
         if heads.index is None:
@@ -87,15 +73,12 @@ class HisaSelector:
                 f"{heads.index.top_k} that this model's rows read: set blocks to at least "
                 f"{-(-heads.index.top_k // settings.block)}"
             )
-        self.budgets = _WholeBlocks(heads, settings, heads.index.top_k)
+        least = max(2, -(-heads.index.top_k // settings.block)) * settings.block
+        self.budgets = Budgets(heads, least, settings.budget, settings.budget)
         self._settings, self._page, self._top_k = settings, page_size, heads.index.top_k
         self.pools = [PoolSpec(POOL, (heads.index.dim,), heads.dtype, heads.index.layers, "page")]
         self._means: list[Tensor] = []
         self._full = Memo()
-
-    def admit(self, slot: int, budget: int) -> None:
-        """See `Selector`."""
-        self.budgets.admit(slot, budget)
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
@@ -103,9 +86,10 @@ class HisaSelector:
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`: until there are more tokens than the blocks hold, the model alone shaped a page."""
+        budget -= budget % self._settings.block
         return b"" if budget == 0 or end <= budget else repr((self._settings, budget)).encode()
 
-    def write(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
+    def write_index(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
         """The batch's keys have just been written to the cached ones: the means of blocks now full."""
         pages: Tensor = self._full.get(batch, self._filled)
         if len(pages):
@@ -125,6 +109,7 @@ class HisaSelector:
 
     def kinds(self, position: np.ndarray[Any, Any], budget: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """How rows that do not read all are served."""
+        budget = budget - budget % self._settings.block
         return np.where((budget > 0) & (position >= budget), STAGED, FLAT)
 
     def choose_among_blocks(
@@ -139,7 +124,7 @@ class HisaSelector:
         tokens = (blocks.unsqueeze(-1) * block + offsets).flatten(1)
         tokens = torch.minimum(tokens, rows.position.unsqueeze(-1))  # none behind the row has a page
         ends = (counts - 1) * block + rows.position % block + 1
-        slots = select.slots(tokens, rows.table, self._page)
+        slots = select.places(tokens.unsqueeze(1), rows.table, self._page).squeeze(1)
         found, counts = index.choose_among(q, weights, keys, slots, ends, self._top_k)
         chosen = tokens.gather(1, found.clamp(min=0).long())
         return chosen.masked_fill(found < 0, -1), counts

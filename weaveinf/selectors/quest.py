@@ -24,12 +24,13 @@ from weaveinf.selectors.selector import (
     Budgets,
     Choosing,
     Heads,
+    HeadsChoice,
     Memo,
     PerRow,
     RowFacts,
     Segment,
+    Selector,
     TokensOfHeads,
-    per_head_votes,
     segments,
 )
 
@@ -49,10 +50,8 @@ class Quest:
         return QuestSelector(self, heads, page_size)
 
 
-class QuestSelector:
+class QuestSelector(Selector):
     """See `Selector`."""
-
-    row_align = 1
 
     def __init__(self, settings: Quest, heads: Heads, page_size: int) -> None:
         if settings.budget < 2 * page_size:
@@ -60,16 +59,12 @@ class QuestSelector:
                 f"quest reads its first page and the last: budget={settings.budget} must be at least "
                 f"{2 * page_size}"
             )
-        self.budgets = Budgets(heads, settings.budget)
+        self.budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]
         self._bounds: list[Tensor] = []
         self._memo, self._touched = Memo(), Memo()
-
-    def admit(self, slot: int, budget: int) -> None:
-        """See `Selector`."""
-        self.budgets.admit(slot, budget)
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
@@ -107,32 +102,27 @@ class QuestSelector:
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
         found = self._memo.get(batch, self._segments)
-        for segment in found:
+        for segment, heads in found:
             segment.chosen = None
-            if segment.per_row is not None and layer >= self._settings.dense_layers:
-                segment.chosen = yield from self._chosen(layer, q[segment.rows], segment.per_row)
-        return found
+            if heads is not None and layer >= self._settings.dense_layers:
+                segment.chosen = yield from self._chosen(layer, q[segment.rows], heads)
+        return [segment for segment, _ in found]
 
-    def _segments(self, batch: Batch) -> list[Segment]:
+    def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
         facts = RowFacts.of(batch, self.budgets)
         sparse = (facts.position >= facts.prompt) & (facts.budget > 0) & (facts.position >= facts.budget)
-        return segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
 
-    def _chosen(self, layer: int, q: Tensor, rows: PerRow) -> Generator[Tensor, Tensor, TokensOfHeads]:
-        page = self._page
-        last = rows.position // page  # the page of the row itself
-        bounds = self._bounds[layer].unsqueeze(1)
+    def _heads_choice(self, rows: PerRow) -> HeadsChoice:
+        pages = rows.position // self._page + 1
+        return HeadsChoice(self._heads, rows, pages, rows.budget // self._page, (1, 1))
+
+    def _chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
+        page, rows = self._page, heads.rows
         both = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
-        votes = yield from per_head_votes(
-            self._heads, both, bounds, rows.table, torch.ones_like(last), last, int(last.max()) + 1
-        )
-        kv_heads = votes.shape[1]
-        wanted = (rows.budget // page).repeat_interleave(kv_heads)
-        ends = (last + 1).repeat_interleave(kv_heads)
-        index, counts = select.top_k(votes.flatten(0, 1), ends, wanted, int(wanted.max()))
-        table = rows.table.repeat_interleave(kv_heads, 0)
-        start = select.slots(index * page, table, page)
-        slots = (start.unsqueeze(-1) + torch.arange(page, dtype=torch.int32)).flatten(1)
-        tokens = (counts - 1) * page + (rows.position % page + 1).repeat_interleave(kv_heads)
-        shape = (len(q), kv_heads)
-        return TokensOfHeads(slots.view(*shape, -1), tokens.view(shape))
+        bounds = self._bounds[layer].unsqueeze(1)
+        index, counts = yield from heads.choose(both, bounds, self._settings.budget // page)
+        # Of the last page, which is the row's own, only what is not behind the row.
+        tokens = (counts - 1) * page + (rows.position % page + 1)[:, None]
+        return TokensOfHeads(select.places(index, rows.table, page, page), tokens)

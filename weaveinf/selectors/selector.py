@@ -7,10 +7,10 @@ prompt's rule holds, from there on the answer's, also when the row is computed a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
+from weaveinf.comm.seam import Joint, Seam
 from weaveinf.ops import select
 from weaveinf.ops.attention import paged_attention
 
@@ -65,12 +66,13 @@ class Heads:
 @dataclass
 class PerRow:
     """Of each row: its position and its request's budget (int32 [rows]), its pages (int32 [rows,
-    max_blocks]), its request's state slot (int64 [rows])."""
+    max_blocks]), its request's state slot (int64 [rows]). longest: tokens that a row has, at most."""
 
     position: Tensor
     budget: Tensor
     table: Tensor
     slot: Tensor
+    longest: int
 
 
 @dataclass
@@ -112,11 +114,11 @@ class Chosen(Protocol):
 class TokensOfHeads:
     """Tokens of each row's own, and of each KV head's: see `ops.select.attend_by_head`."""
 
-    slots: Tensor
+    places: Tensor
     counts: Tensor
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        select.attend_by_head(q, keys, values, self.slots, self.counts, scale, out)
+        select.attend_by_head(q, keys, values, self.places, self.counts, scale, out)
 
 
 @dataclass
@@ -145,55 +147,89 @@ class Settings(Protocol):
         ...
 
 
-class Selector(Protocol):
+class Selector:
     """One rank's part of a method (DESIGN section 2).
 
     Attributes:
         row_align: prompts may be cut at multiples of this only (`cache.blocks.legal_cut`).
+        publishes: whether others may take over the pages of requests that it chooses for.
         pools: what it keeps for every token or page.
     """
 
-    row_align: int
-    pools: Sequence[PoolSpec]
+    row_align = 1
+    publishes = True
+    pools: Sequence[PoolSpec] = ()
     budgets: Budgets
 
     def admit(self, slot: int, budget: int) -> None:
         """A request takes a state slot, with a budget of its own or -1."""
-        ...
+        self.budgets.admit(slot, budget)
 
     def bind(self, pools: Pools) -> None:
         """Gives it its pools."""
-        ...
+
+    def begin(self, batch: Batch, most_rows: int) -> None:
+        """A step of this whole batch begins; a step has at most so many rows."""
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """What else than the tokens shaped the page that ends at position `end` (exclusive), of a request of
         such a prompt and budget; b"" where it was computed dense."""
-        ...
+        raise NotImplementedError
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """The batch's keys [rows, Hkv, D] have just been written to the cached ones, `pool`."""
-        ...
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """Segments of all rows of q [rows, Hq, D], with what each may read of the cache; yields what it votes
         on."""
+        raise NotImplementedError
+
+    @property
+    def summary(self) -> str:
+        """What it did so far, in a few words; "" for nothing to say."""
+        return ""
+
+
+@runtime_checkable
+class RowPruner(Protocol):
+    """Chooses which rows of the residual go on between layers.
+
+    Attributes:
+        boundaries: numbers of blocks of the model's chain before which rows may come and go.
+    """
+
+    boundaries: Mapping[int, int]
+
+    def change(self, number: int, x: Tensor, batch: Batch, seam: Seam, joint: Joint) -> tuple[Tensor, Batch]:
+        """The rows with which a half goes on into block `number`, normalised by the joint before it, and
+        their batch; the seam is left with as many, and their residual. Every rank calls it, and no half
+        before all are past the block before."""
         ...
 
 
 class Budgets:
-    """How many tokens the requests in the state slots may read: int32 [max_num_seqs], 0 for all."""
+    """How many tokens the requests in the state slots may read: int32 [max_num_seqs], 0 for all.
 
-    def __init__(self, heads: Heads, default: int) -> None:
-        self.default = default
+    A request may ask for `least` to `most`; what memory is set aside for is the method's own.
+    """
+
+    def __init__(self, heads: Heads, least: int, most: int, default: int) -> None:
+        self.least, self.most, self.default = least, most, default
         self.of_slot = np.full(heads.max_num_seqs, default, np.int32)
 
     def admit(self, slot: int, budget: int) -> None:
         """A request takes a slot; budget -1: the method's own."""
-        self.of_slot[slot] = self.resolved(budget)
+        self.of_slot[slot] = self.default if budget < 0 else budget
 
-    def resolved(self, budget: int) -> int:
-        """The budget of a request that asked for `budget`."""
-        return self.default if budget < 0 else budget
+    def resolved(self, asked: int | None) -> int:
+        """The budget of a request that asked for so many. ValueError for what cannot be."""
+        if asked is None:
+            return self.default
+        if asked and not self.least <= asked <= self.most:
+            raise ValueError(
+                f"selector_budget={asked} must be 0 or {self.least} to {self.most}, the engine's"
+            )
+        return asked
 
 
 @dataclass
@@ -225,23 +261,45 @@ def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> 
             seq = torch.from_numpy(facts.seq[rows]).long()
             budget = torch.from_numpy(facts.budget[rows])
             table, slot = batch.block_table[seq], batch.state_slot[seq].long()
-            per_row = PerRow(batch.positions[rows], budget, table, slot)
+            longest = int(facts.position[rows].max()) + 1
+            per_row = PerRow(batch.positions[rows], budget, table, slot, longest)
         where = (torch.from_numpy(cu), batch.block_table[seqs], batch.positions[rows])
         out.append(Segment(int(kinds[start]), rows, *where, per_row))
     return out
 
 
-def per_head_votes(
-    heads: Heads, q: Tensor, keys: Tensor, table: Tensor, firsts: Tensor, ends: Tensor, width: int
-) -> Generator[Tensor, Tensor, Tensor]:
-    """`ops.select.votes` of all queries of this rank's KV heads, those on ranks that share them too."""
-    mine = select.votes(q, keys, table, firsts, ends, width, heads.head_dim**-0.5)
-    if not heads.replicated:
-        return mine
-    ballot = mine.new_zeros(len(q), heads.num_kv_heads, width)
-    own = slice(heads.kv_heads.start, heads.kv_heads.stop)
-    ballot[:, own] = mine
-    return (yield ballot)[:, own].contiguous()
+class HeadsChoice:
+    """What the KV heads of an answer's rows choose, each for itself, by the soft vote of their queries: what
+    all layers ask of a segment.
+
+    seen: how many candidates each row has, `forced` of them at the beginning and the end chosen in any case;
+    wanted: how many each is to choose (int32 [rows]).
+    """
+
+    def __init__(
+        self, heads: Heads, rows: PerRow, seen: Tensor, wanted: Tensor, forced: tuple[int, int]
+    ) -> None:
+        self.rows = rows
+        self._heads = heads
+        self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
+        self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
+        self._width = int(seen.max())
+
+    def choose(
+        self, q: Tensor, keys: Tensor, capacity: int
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
+        int32 [rows, Hkv, capacity] and [rows, Hkv]."""
+        votes = select.votes(
+            q, keys, self.rows.table, self._firsts, self._ends, self._width, self._heads.head_dim**-0.5
+        )
+        if self._heads.replicated:  # the queries of a KV head are on several ranks
+            ballot = votes.new_zeros(len(q), self._heads.num_kv_heads, self._width)
+            own = slice(self._heads.kv_heads.start, self._heads.kv_heads.stop)
+            ballot[:, own] = votes
+            votes = (yield ballot)[:, own].contiguous()
+        index, counts = select.top_k(votes.flatten(0, 1), self._seen, self._wanted, capacity)
+        return index.view(len(q), -1, capacity), counts.view(len(q), -1)
 
 
 class Memo:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
-from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.selector import (
     ANSWER,
@@ -33,6 +32,7 @@ from weaveinf.selectors.selector import (
     PerRow,
     RowFacts,
     Segment,
+    Selector,
     Tokens,
     segments,
 )
@@ -56,11 +56,10 @@ class TokenSelect:
         return TokenSelector(self, heads, page_size)
 
 
-class TokenSelector:
+class TokenSelector(Selector):
     """See `Selector`."""
 
     row_align = CHUNK
-    pools: tuple[PoolSpec, ...] = ()
 
     def __init__(self, settings: TokenSelect, heads: Heads, page_size: int) -> None:
         if min(settings.budget, settings.local) < 1 or settings.sinks < 0:
@@ -68,7 +67,7 @@ class TokenSelector:
                 f"tokenselect wants budget and local of at least 1 and sinks of at least 0, got "
                 f"{settings.budget}, {settings.local} and {settings.sinks}"
             )
-        self.budgets = Budgets(heads, settings.budget)
+        self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
         self.hits = self.misses = 0
         self._settings, self._heads, self._page = settings, heads, page_size
         self._forced = settings.sinks + settings.local
@@ -85,8 +84,11 @@ class TokenSelector:
         self.budgets.admit(slot, budget)
         self._held[:, slot] = -1
 
-    def bind(self, pools: Pools) -> None:
+    @property
+    def summary(self) -> str:
         """See `Selector`."""
+        tried = self.hits + self.misses
+        return f"{self.hits / tried:.0%} of {tried} choices kept" if tried else ""
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`. A whole chunk of the prompt shapes its pages alike in every prompt that goes on;
@@ -97,95 +99,126 @@ class TokenSelector:
         until = -1 if behind <= prompt else prompt
         return repr((self._settings, budget, until)).encode()
 
-    def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
-        """See `Selector`."""
-
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
         found = self._memo.get(batch, self._segments)
-        for segment in found:
-            if segment.per_row is not None:
-                choose = self._for_answers if segment.kind == ANSWER else self._for_prompts
-                segment.chosen = yield from choose(layer, q[segment.rows], pool, segment.per_row)
-        return found
+        for segment, facts in found:
+            if isinstance(facts, _Answers):
+                segment.chosen = yield from self._for_answers(layer, q[segment.rows], pool, facts)
+            elif facts is not None:
+                segment.chosen = yield from self._for_prompts(q[segment.rows], pool, facts)
+        return [segment for segment, _ in found]
 
-    def _segments(self, batch: Batch) -> list[Segment]:
+    def _segments(self, batch: Batch) -> list[tuple[Segment, _Answers | _Chunks | None]]:
         facts = RowFacts.of(batch, self.budgets)
         asked = np.where(facts.position >= facts.prompt, ANSWER, PROMPT)
         # A chunk's middle ends `local` tokens before it, an answer's row's `local` tokens before its own end.
         seen = np.where(asked == ANSWER, facts.position + 1, facts.position // CHUNK * CHUNK)
         sparse = (facts.budget > 0) & (seen > facts.budget + self._forced)
-        return segments(batch, facts, np.where(sparse, asked, DENSE))
+        of_kind: dict[int, type[_Answers] | type[_Chunks]] = {ANSWER: _Answers, PROMPT: _Chunks}
+        return [
+            (s, None if s.per_row is None else of_kind[s.kind](s.per_row, self._settings, self._page))
+            for s in segments(batch, facts, np.where(sparse, asked, DENSE))
+        ]
 
     def _middle(
-        self, q: Tensor, pool: Tensor, table: Tensor, seen: Tensor, budget: Tensor
+        self, q: Tensor, pool: Tensor, table: Tensor, seen: Tensor, budget: Tensor, longest: int
     ) -> Generator[Tensor, Tensor, Tensor]:
-        """The sinks and the best of the middle for queries [n, Hq, D] that have `seen` tokens (int32 [n]):
-        int32 [n, sinks + budget], ascending, -1 behind them."""
+        """Slots of the sinks and the best of the middle for queries [n, Hq, D] that have `seen` tokens (int32
+        [n]), in order of position: int32 [n, sinks + budget], -1 behind them."""
         s = self._settings
         firsts, ends = torch.full_like(seen, s.sinks), seen - s.local
-        votes = select.votes(q, pool, table, firsts, ends, int(ends.max()), 1.0).sum(1)
+        votes = select.votes(q, pool, table, firsts, ends, longest - s.local, 1.0).sum(1)
         index, _ = select.top_k((yield votes), ends, budget + s.sinks, s.sinks + s.budget)
-        return index
+        return _slots(index, table, self._page)
 
     def _for_answers(
-        self, layer: int, q: Tensor, pool: Tensor, rows: PerRow
+        self, layer: int, q: Tensor, pool: Tensor, facts: _Answers
     ) -> Generator[Tensor, Tensor, Tokens]:
-        slot, flat = rows.slot, q.flatten(1).float()
-        kept = self._queries[layer, slot]
+        rows, slot = facts.rows, facts.rows.slot
+        flat, kept = q.flatten(1).float(), self._queries[layer, slot]
         dot, own, other = yield torch.stack(
             [(flat * kept).sum(1), (flat * flat).sum(1), (kept * kept).sum(1)]
         )
-        # A request of several rows is computed again: its choices are dropped.
-        again = torch.zeros_like(slot, dtype=torch.bool)
-        again[1:] = slot[1:] == slot[:-1]
-        again[:-1] |= again[1:].clone()
         hit = dot >= self._settings.threshold * (own * other).sqrt()
-        hit &= (self._held[layer, slot] == rows.position - 1) & ~again
-        miss = (~hit).nonzero().flatten()
+        hit &= (self._held[layer, slot] == rows.position - 1) & ~facts.again
         chosen = self._choices[layer, slot]
+        miss = (~hit).nonzero().flatten()
         if len(miss):
-            seen = rows.position[miss] + 1
-            chosen[miss] = yield from self._middle(q[miss], pool, rows.table[miss], seen, rows.budget[miss])
+            seen, budget = rows.position[miss] + 1, rows.budget[miss]
+            found = yield from self._middle(q[miss], pool, rows.table[miss], seen, budget, rows.longest)
+            chosen[miss] = found
             self._queries[layer, slot[miss]] = flat[miss]
-            self._choices[layer, slot[miss]] = chosen[miss]
-        self._held[layer, slot] = rows.position.masked_fill(again, -1)
-        if layer == 0:
-            self.hits += len(hit) - len(miss)
-            self.misses += len(miss)
-        local = rows.position[:, None] + torch.arange(1 - self._settings.local, 1, dtype=torch.int32)
-        index, counts = _packed(torch.cat([chosen, local], 1))
-        starts = torch.arange(len(q) + 1, dtype=torch.int32)
-        return Tokens(select.slots(index, rows.table, self._page), starts, counts - 1)
+            self._choices[layer, slot[miss]] = found
+        self._held[layer, slot] = facts.held
+        self.hits += len(hit) - len(miss)
+        self.misses += len(miss)
+        slots, counts = _packed(torch.cat([chosen, facts.local], 1), facts.full)
+        return Tokens(slots, facts.starts, counts - 1)
 
-    def _for_prompts(
-        self, layer: int, q: Tensor, pool: Tensor, rows: PerRow
-    ) -> Generator[Tensor, Tensor, Tokens]:
+    def _for_prompts(self, q: Tensor, pool: Tensor, facts: _Chunks) -> Generator[Tensor, Tensor, Tokens]:
+        means = torch.stack([part.float().mean(0) for part in q.split(facts.lengths)]).to(q.dtype)
+        chosen = yield from self._middle(means, pool, facts.table, facts.seen, facts.budget, facts.longest)
+        slots, counts = _packed(torch.cat([chosen, facts.tail], 1), False)
+        return Tokens(slots, facts.starts, counts[facts.of_row] - 1 - facts.behind)
+
+
+class _Answers:
+    """What all layers ask of an answer's rows.
+
+    Attributes:
+        again: rows of a request that has several, as it is computed again: its choices are dropped.
+        held: the position that its slot holds from now on, -1 for none.
+        local: slots of the latest tokens, int32 [rows, local].
+        full: whether every row chooses as many as there is room for.
+    """
+
+    def __init__(self, rows: PerRow, settings: TokenSelect, page_size: int) -> None:
+        self.rows = rows
+        self.again = torch.zeros_like(rows.slot, dtype=torch.bool)
+        self.again[1:] = rows.slot[1:] == rows.slot[:-1]
+        self.again[:-1] |= self.again[1:].clone()
+        self.held = rows.position.masked_fill(self.again, -1)
+        latest = rows.position[:, None] + torch.arange(1 - settings.local, 1, dtype=torch.int32)
+        self.local = _slots(latest, rows.table, page_size)
+        self.full = bool((rows.budget == settings.budget).all())
+        self.starts = torch.arange(len(rows.slot) + 1, dtype=torch.int32)
+
+
+class _Chunks:
+    """What all layers ask of a prompt's rows, which choose by chunks.
+
+    Attributes:
+        lengths, seen, budget, table: of each chunk, its rows, the tokens before it, and its request's.
+        tail: slots of what is local to a chunk, and of the chunk; int32 [chunks, local + CHUNK], -1 behind
+        them. of_row: each row's chunk. behind: how many rows of the chunk come after it (int32).
+    """
+
+    def __init__(self, rows: PerRow, settings: TokenSelect, page_size: int) -> None:
         chunk = rows.position // CHUNK * CHUNK
         new = torch.ones_like(chunk, dtype=torch.bool)
         new[1:] = (chunk[1:] != chunk[:-1]) | (rows.slot[1:] != rows.slot[:-1])
-        first = new.nonzero().flatten()  # row of each chunk
-        starts = torch.cat([first, first.new_tensor([len(q)])])
-        means = torch.stack([part.float().mean(0) for part in q.split(starts.diff().tolist())]).to(q.dtype)
-        seen, table = chunk[first], rows.table[first]
-        chosen = yield from self._middle(means, pool, table, seen, rows.budget[first])
-        # Behind the choice: what is local to the chunk, and the chunk up to the row itself.
-        local = self._settings.local
-        width = local + int(starts.diff().max())
-        tail = seen[:, None] + torch.arange(-local, width - local, dtype=torch.int32)
-        index, counts = _packed(
-            torch.cat([chosen, tail.masked_fill(tail > rows.position[starts[1:] - 1, None], -1)], 1)
-        )
-        of_row = new.cumsum(0) - 1
-        behind = rows.position[starts[1:] - 1][of_row] - rows.position  # rows of the chunk that come later
-        where = select.slots(index, table, self._page)
-        return Tokens(where, starts.int(), (counts[of_row] - 1 - behind).int())
+        first = new.nonzero().flatten()
+        starts = torch.cat([first, first.new_tensor([len(chunk)])])
+        last = rows.position[starts[1:] - 1]
+        self.starts, self.lengths = starts.int(), starts.diff().tolist()
+        self.seen, self.budget, self.table = chunk[first], rows.budget[first], rows.table[first]
+        self.longest = int(self.seen.max())
+        tail = self.seen[:, None] + torch.arange(-settings.local, CHUNK, dtype=torch.int32)
+        self.tail = _slots(tail.masked_fill(tail > last[:, None], -1), self.table, page_size)
+        self.of_row = new.cumsum(0) - 1
+        self.behind = last[self.of_row] - rows.position
 
 
-def _packed(index: Tensor) -> tuple[Tensor, Tensor]:
-    """What is chosen first, -1 behind it, and how much it is (int32)."""
-    real = index >= 0
-    counts = real.sum(1).int()
-    if not bool(real.all()):
-        index = index.gather(1, torch.argsort((~real).int(), dim=1, stable=True))
-    return index, counts
+def _slots(index: Tensor, table: Tensor, page_size: int) -> Tensor:
+    """Of positions (int32 [n, count]), -1 where these are."""
+    return select.places(index.unsqueeze(1), table, page_size).squeeze(1).masked_fill_(index < 0, -1)
+
+
+def _packed(slots: Tensor, full: bool) -> tuple[Tensor, Tensor]:
+    """Slots with what is -1 behind the others, and how many those are (int32); full: none is -1."""
+    if full:
+        return slots, torch.full((len(slots),), slots.shape[1], dtype=torch.int32)
+    real = slots >= 0
+    behind = torch.argsort((~real).int(), dim=1, stable=True)
+    return slots.gather(1, behind).clamp_(min=0), real.sum(1).int()

@@ -19,6 +19,7 @@ from torch import Tensor
 from weaveinf.cache.batch import Batch
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.comm.votes import Votes
+from weaveinf.selectors.selector import RowPruner
 
 if TYPE_CHECKING:
     from weaveinf.models.layers import Block
@@ -32,12 +33,13 @@ def run(
     seams: Sequence[Seam],
     votes: Votes,
     ctas: tuple[int, int] = (0, 0),
+    pruner: RowPruner | None = None,
 ) -> Tensor:
     """Runs a batch, whole or in two halves (`Batch.split`), through every block and seam of a model.
 
     Each half has a seam of its own; `ctas` are for seams that run under attention and under another block
-    (`Plan`). Returns the normalised rows that are left (`[rows, hidden]`, the same
-    on every rank; valid until a seam's next start).
+    (`Plan`). Where a pruner's boundary is, rows may come and go. Returns the normalised rows that are left
+    (`[rows, hidden]`, the same on every rank; valid until a seam's next start).
     """
     batches = list(halves)
     seams = seams[: len(batches)]
@@ -47,7 +49,10 @@ def run(
     def part(half: int, block: Block, joint: Joint, number: int) -> Iterator[None]:
         """A half's turn at a block; yields while a vote of its is under way."""
         seam = seams[half]
-        kept = block(seam.finish() if number else None, batches[half], seam.partial())
+        x = seam.finish() if number else None
+        if x is not None and pruner is not None and number in pruner.boundaries:
+            x, batches[half] = pruner.change(number, x, batches[half], seam, chain[number - 1][1])
+        kept = block(x, batches[half], seam.partial())
         if isinstance(kept, Generator):
             kept = yield from _voting(kept, votes)
         if kept is not None:

@@ -22,6 +22,7 @@ from weaveinf.comm.seam import Seam
 from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.models.config import ModelConfig
 from weaveinf.ops import native
+from weaveinf.selectors.selector import RowPruner, Selector
 from weaveinf.weave import profile
 from weaveinf.weave.graphs import Graphs
 from weaveinf.weave.plan import Plan, Planner, cuts, unplanned
@@ -32,7 +33,6 @@ from weaveinf.weave.timeline import Recorder, Span
 
 if TYPE_CHECKING:
     from weaveinf.models.layers import Model
-    from weaveinf.selectors.selector import Selector
 
 _PROBE_ROWS = 1024
 
@@ -65,6 +65,7 @@ class Weaver:
         self._most = config.max_num_batched_tokens
         self._tokens = min(model_config.max_model_len, num_pages * PAGE_SIZE)
         self._dtype = model.pool_specs[0].dtype
+        self._pruner = selector if isinstance(selector, RowPruner) else None
         self._row_align = selector.row_align if selector is not None else 1
         self.seams = [self._seam()]
         self.seam = self.seams[0]
@@ -112,7 +113,7 @@ class Weaver:
         chain, seams, recorder = self._model.chain, self.seams, self.recorder
         if recorder is not None:
             chain, seams = recorder.chain(chain), recorder.seams(seams)
-        return run(chain, halves, seams, self._ranks.votes, ctas)
+        return run(chain, halves, seams, self._ranks.votes, ctas, self._pruner)
 
     def plan(
         self,

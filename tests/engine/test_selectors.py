@@ -1,0 +1,103 @@
+"""Selectors in the whole engine: what a request gets does not depend on ranks, halves, chunks, prefix hits,
+preemption or on what else runs; and where all may be read, it is what dense attention gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import complete, near_ties, with_engines
+from tests.models.harness import make_checkpoint
+from tests.ranks import pool
+from weaveinf.comm.ranks import Ranks
+from weaveinf.config import EngineConfig
+from weaveinf.engine.request import SamplingParams
+from weaveinf.selectors.fasa import save
+
+LENGTH = 10
+GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
+SIZES = {"num_hidden_layers": 4, "max_position_embeddings": 1536}
+METHODS: dict[str, dict[str, Any]] = {
+    "tokenselect": {"budget": 40, "sinks": 4, "local": 20, "threshold": 2.0},
+    "fasa": {"budget": 24, "planes": 3},
+    "quest": {"budget": 64},
+}
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    first = torch.randint(0, 61, (1100,), generator=generator).tolist()
+    return [first, [*first[:600], 7, 8, 9], first[:90], [3, 4]]
+
+
+def settings(name: str, folder: Path) -> dict[str, Any]:
+    found = {"name": name} | METHODS[name]
+    if name == "fasa":
+        planes = torch.stack([torch.randperm(8) for _ in range(8)]).view(4, 2, 8)
+        save(folder / "planes.json", "a model", planes.tolist())
+        found["table"] = str(folder / "planes.json")
+    return found
+
+
+def only_alone(fresh: Any) -> dict[str, list[list[int]]]:
+    alone = fresh(max_num_seqs=1)
+    return {"alone": [complete(alone, [p], GREEDY)[0].output_token_ids for p in prompts()]}
+
+
+def ways(fresh: Any) -> dict[str, list[list[int]]]:
+    """Greedy tokens of the prompts in every way in which an engine may come to run them."""
+    found = only_alone(fresh)
+    batched = fresh()
+    found["batched"] = [r.output_token_ids for r in complete(batched, prompts(), GREEDY)]
+    again = complete(batched, prompts(), GREEDY)
+    assert again[0].num_cached >= 1024
+    assert again[1].num_cached >= 512
+    found["prefix hits"] = [r.output_token_ids for r in again]
+    chunked = fresh(max_num_batched_tokens=515, max_num_seqs=4)
+    found["chunked"] = [r.output_token_ids for r in complete(chunked, prompts(), GREEDY)]
+    short = fresh(num_pages=75)
+    found["preempted"] = [r.output_token_ids for r in complete(short, [*prompts(), *prompts()], GREEDY)][:4]
+    dense = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=0)
+    found["dense"] = [r.output_token_ids for r in complete(batched, prompts(), dense)]
+    with pytest.raises(ValueError, match="selector_budget"):
+        batched.add([1, 2], SamplingParams(selector_budget=65))
+    return found
+
+
+def on_ranks(
+    ranks: Ranks, path: str, selector: dict[str, Any], weave: str, use: Any = ways
+) -> dict[str, list[list[int]]] | None:
+    config = EngineConfig(
+        model=path,
+        dtype="float32",
+        kv_cache_gib=0.05,
+        max_num_seqs=8,
+        max_num_batched_tokens=1200,
+        weave=weave,  # type: ignore[arg-type]
+        selector=selector,
+    )
+    result: dict[str, list[list[int]]] | None = with_engines(ranks, config, use)
+    return result
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_request_gets_the_same_whatever_runs_it(tmp_path: Path, name: str) -> None:
+    model = make_checkpoint(tmp_path, "llama", **SIZES)
+    chosen = settings(name, tmp_path)
+    alone = on_ranks(Ranks.single(torch.device("cpu")), str(tmp_path), chosen, "off")
+    assert alone is not None
+    everything = on_ranks(
+        Ranks.single(torch.device("cpu")), str(tmp_path), chosen | {"budget": 4096}, "off", only_alone
+    )
+    assert everything is not None
+    for tokens in (alone["dense"], everything["alone"]):
+        assert sum(near_ties(model, *each) for each in zip(prompts(), tokens, strict=True)) <= 1
+    want = alone.pop("alone")
+    assert want != alone["dense"], "nothing was ever left out"
+    for size, weave in ((1, "off"), (2, "off"), (2, "on"), (4, "off")):
+        got = alone if size == 1 else pool(size).run(on_ranks, str(tmp_path), chosen, weave)[0]
+        for how in {"alone", "batched", "prefix hits", "chunked", "preempted"} & got.keys():
+            assert got[how] == want, f"{size} ranks, weave {weave}: {how}"

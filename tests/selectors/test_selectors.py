@@ -1,0 +1,273 @@
+"""Each method's choices against brute force in float64, on one rank and on several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.selectors.harness import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    PAGE,
+    Cached,
+    Group,
+    best,
+    part_of,
+    soft_vote,
+)
+from weaveinf.selectors.fasa import Fasa, agreement, save
+from weaveinf.selectors.quest import Quest
+from weaveinf.selectors.tokenselect import CHUNK, TokenSelect
+
+SIZES = [1, 2, 4, 8]
+
+
+def table(path: Path) -> tuple[str, torch.Tensor]:
+    torch.manual_seed(9)
+    planes = torch.stack([torch.randperm(DIM // 2) for _ in range(LAYERS * KV_HEADS)])
+    planes = planes.view(LAYERS, KV_HEADS, -1)
+    save(path / "planes.json", "a model", planes.tolist())
+    return str(path / "planes.json"), planes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_quest_takes_the_pages_with_the_highest_bounds(size: int) -> None:
+    cached = Cached([301, 200, 63], [290, 100, 10])
+    group = Group(cached, Quest(budget=4 * PAGE), size)
+    group.write(cached.batch([(s, 0, n - 2) for s, n in enumerate(cached.lengths)]))
+    for back in (2, 1):  # two steps: the last page grows
+        batch = cached.batch([(s, n - back, n - back + 1) for s, n in enumerate(cached.lengths)])
+        group.write(batch)
+        got = group.choose(batch)
+        for s, n in enumerate(cached.lengths):
+            position = n - back
+            last = position // PAGE
+            keys, q = cached.keys[s][: position + 1], cached.queries[s][position]
+            if position < 4 * PAGE:
+                assert got[s] == [None] * KV_HEADS
+                continue
+            pages = [keys[p * PAGE : (p + 1) * PAGE] for p in range(1, last)]
+            low = torch.stack([page.amin(0) for page in pages])
+            high = torch.stack([page.amax(0) for page in pages])
+            both = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+            votes = soft_vote(both, torch.cat([high, low], -1), DIM**-0.5)
+            for g in range(KV_HEADS):
+                chosen = {0, last} | best(votes[g], 2, 1)
+                assert got[s][g] == {
+                    t for p in chosen for t in range(p * PAGE, (p + 1) * PAGE) if t <= position
+                }
+
+
+def test_quest_reads_all_in_its_dense_layers() -> None:
+    cached = Cached([301], [290])
+    group = Group(cached, Quest(budget=4 * PAGE))
+    batch = cached.batch([(0, 0, 301)])
+    group.write(batch, layer=1)
+    assert group.choose(cached.batch([(0, 300, 301)]), layer=1) == [[None] * KV_HEADS]
+
+
+def test_a_recycled_page_keeps_nothing() -> None:
+    cached = Cached([160, 160], [10, 10])
+    cached.table[1] = cached.table[0]  # the second request gets the first one's pages
+    group = Group(cached, Quest(budget=3 * PAGE))
+    alone = Group(cached, Quest(budget=3 * PAGE))
+    group.write(cached.batch([(0, 0, 160)]))
+    for start, end in ((0, 70), (70, 71), (71, 160)):
+        group.write(cached.batch([(1, start, end)]))
+    alone.write(cached.batch([(1, 0, 160)]))
+    batch = cached.batch([(1, 159, 160)])
+    assert group.choose(batch) == alone.choose(batch)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fasa_takes_the_best_tokens_of_its_planes(tmp_path: Path, size: int) -> None:
+    path, planes = table(tmp_path)
+    cached = Cached([301, 40, 200], [290, 20, 100])
+    group = Group(cached, Fasa(table=path, budget=50, planes=5), size)
+    group.write(cached.batch([(s, 0, n) for s, n in enumerate(cached.lengths)]))
+    # Two rows of one sequence, as after a preemption: neither sees what comes later.
+    batch = cached.batch([(0, 300, 301), (1, 39, 40), (2, 150, 152)])
+    got = group.choose(batch)
+    assert got[1] == [None] * KV_HEADS
+    for row, s, position in ((0, 0, 300), (2, 2, 150), (3, 2, 151)):
+        half = planes[2, :, :5]
+        channels = torch.cat([half, half + DIM // 2], -1)
+        keys = cached.keys[s][: position + 1].gather(2, channels.expand(position + 1, -1, -1))
+        q = cached.queries[s][position].gather(1, channels.repeat_interleave(HEADS // KV_HEADS, 0))
+        votes = soft_vote(q, keys, DIM**-0.5)
+        assert got[row] == [best(votes[g], 50) for g in range(KV_HEADS)]
+
+
+def test_fasa_with_all_planes_is_the_oracle(tmp_path: Path) -> None:
+    path, _ = table(tmp_path)
+    cached = Cached([120], [20])
+    group = Group(cached, Fasa(table=path, budget=30, planes=DIM // 2))
+    group.write(cached.batch([(0, 0, 120)]))
+    votes = soft_vote(cached.queries[0][119], cached.keys[0], DIM**-0.5)
+    assert group.choose(cached.batch([(0, 119, 120)])) == [[best(v, 30) for v in votes]]
+
+
+def test_a_plane_that_carries_the_scores_agrees_most() -> None:
+    torch.manual_seed(1)
+    q, k = torch.randn(6, HEADS, DIM) * 0.01, torch.randn(90, KV_HEADS, DIM) * 0.01
+    for g in range(KV_HEADS):
+        for channel in (3 + g, 3 + g + DIM // 2):
+            k[:, g, channel] += torch.randn(90)
+            q[:, g * 2 : g * 2 + 2, channel] += torch.randn(6, 2)
+    found = agreement(q, k, KV_HEADS, 8)
+    assert found.argmax(1).tolist() == [3, 4, 5, 6]
+    assert (found.amax(1) > 0.9).all()
+
+
+def test_scores_of_true_planes_do_not_depend_on_where_a_text_begins() -> None:
+    """Both positions of a query and a key move together: planes i and i + D / 2 turn alike, neighbours do
+    not."""
+    torch.manual_seed(2)
+    q, k = torch.randn(2, DIM, dtype=torch.float64)
+    angles = 10000.0 ** (-torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2))
+
+    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+        a, b = x.chunk(2)
+        cos, sin = (angles * position).cos(), (angles * position).sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin])
+
+    def products(shift: int) -> torch.Tensor:
+        return turned(q, 70 + shift) * turned(k, 11 + shift)
+
+    here, there = products(0), products(8000)
+    planes = [(x[: DIM // 2] + x[DIM // 2 :]) for x in (here, there)]
+    torch.testing.assert_close(*planes, atol=1e-9, rtol=0)
+    neighbours = [x.view(-1, 2).sum(1) for x in (here, there)]
+    assert float((neighbours[0] - neighbours[1]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "is no table"), ("{", "is no table"), (json.dumps({"planes": [[[0, 1]]]}), "another model")],
+)
+def test_fasa_refuses_what_is_no_table_of_the_model(tmp_path: Path, content: str | None, words: str) -> None:
+    file = tmp_path / "planes.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        Group(Cached([20], [10]), Fasa(table=str(file)))
+
+
+SMALL = TokenSelect(budget=60, sinks=5, local=30, threshold=2.0)
+
+
+def middle(cached: Cached, s: int, q: torch.Tensor, seen: int, settings: TokenSelect = SMALL) -> set[int]:
+    """The sinks and the best of the middle."""
+    end = seen - settings.local
+    votes = soft_vote(q, cached.keys[s][settings.sinks : end], 1.0).sum(0)
+    return {*range(settings.sinks)} | best(votes, settings.budget, settings.sinks)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("length", [95, 96, 97, 400])
+def test_tokenselect_takes_the_tokens_with_most_votes(size: int, length: int) -> None:
+    cached = Cached([length, 300], [40, 60])
+    group = Group(cached, SMALL, size)
+    group.write(cached.batch([(0, 0, length), (1, 0, 300)]))
+    got = group.choose(cached.batch([(0, length - 1, length), (1, 297, 300)]))
+    rows = [(0, 0, length - 1), (1, 1, 297), (2, 1, 298), (3, 1, 299)]
+    for row, s, position in rows:
+        n = position + 1
+        if n <= 95:
+            assert got[row] == [None] * KV_HEADS
+            continue
+        want = middle(cached, s, cached.queries[s][position], n) | {*range(n - 30, n)}
+        assert got[row] == [want] * KV_HEADS
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("cuts", [(), (512,), (512, 1024), (1024,)])
+def test_a_prompt_chooses_by_chunks_wherever_it_is_cut(size: int, cuts: tuple[int, ...]) -> None:
+    length = 2 * CHUNK + 100
+    cached = Cached([length, 40], [length, 40])
+    group = Group(cached, SMALL, size)
+    got = []
+    for start, end in zip((0, *cuts), (*cuts, length), strict=True):
+        batch = cached.batch([(0, start, end)])
+        group.write(batch)
+        got += group.choose(batch)
+    assert got[:CHUNK] == [[None] * KV_HEADS] * CHUNK
+    for start, end in ((CHUNK, 2 * CHUNK), (2 * CHUNK, length)):
+        mean = cached.queries[0][start:end].float().mean(0)
+        kept = middle(cached, 0, mean, start)
+        for position in {start, start + 1, end - 1}:
+            assert got[position] == [kept | {*range(start - 30, position + 1)}] * KV_HEADS
+
+
+def test_a_query_votes_on_its_own_kv_head() -> None:
+    """h // group, where the authors' code has h % kv_heads: only head 1's own KV head holds the needle."""
+    cached = Cached([200], [10])
+    cached.queries[0].zero_()
+    cached.keys[0].mul_(0.01)
+    cached.queries[0][199, 1] = 30 * torch.ones(DIM)
+    cached.keys[0][77, 1 // (HEADS // KV_HEADS)] = torch.ones(DIM)
+    cached.keys[0][88, 1 % KV_HEADS] = torch.ones(DIM)
+    group = Group(cached, TokenSelect(budget=1, sinks=1, local=1, threshold=2.0))
+    group.write(cached.batch([(0, 0, 200)]))
+    assert group.choose(cached.batch([(0, 199, 200)])) == [[{0, 77, 199}] * KV_HEADS]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_selection_cache(size: int) -> None:
+    cached = Cached([400, 300], [40, 40])
+    cached.queries[0][301] = cached.queries[0][300] * 1.5  # the same direction
+    cached.queries[0][302] = -cached.queries[0][300]
+    cached.queries[1][201] = -cached.queries[1][200]
+    always = TokenSelect(budget=60, sinks=5, local=30, threshold=0.999)
+    group = Group(cached, always, size)
+    group.write(cached.batch([(0, 0, 400), (1, 0, 300)]))
+    rows = [group.choose(cached.batch([(0, 300 + i, 301 + i), (1, 200 + i, 201 + i)])) for i in range(3)]
+    kept = middle(cached, 0, cached.queries[0][300], 301)
+    assert rows[0][0] == [kept | {*range(271, 301)}] * KV_HEADS
+    assert rows[1][0] == [kept | {*range(272, 302)}] * KV_HEADS  # a hit: only the latest tokens are others
+    new = middle(cached, 0, cached.queries[0][302], 303)
+    assert rows[2][0] == [new | {*range(273, 303)}] * KV_HEADS
+    other = middle(cached, 1, cached.queries[1][201], 202)
+    assert rows[1][1] == [other | {*range(172, 202)}] * KV_HEADS  # each row of a batch by itself
+    counts = {(part.hits, part.misses) for part in group.parts}
+    assert len(counts) == 1
+
+
+def test_a_choice_is_nobody_elses() -> None:
+    """A new request in the slot, one position further with the same query: nothing is taken over."""
+    cached = Cached([300], [40])
+    cached.queries[0][201] = cached.queries[0][200]
+    group = Group(cached, TokenSelect(budget=60, sinks=5, local=30, threshold=-1.0))
+    group.write(cached.batch([(0, 0, 300)]))
+    group.choose(cached.batch([(0, 200, 201)]))
+    assert part_of(group).admit(0, -1) is None
+    got = group.choose(cached.batch([(0, 201, 202)]))
+    assert got == [[middle(cached, 0, cached.queries[0][201], 202) | {*range(172, 202)}] * KV_HEADS]
+
+
+def test_budgets_are_the_requests_own() -> None:
+    cached = Cached([300, 300, 300], [40, 40, 40])
+    group = Group(cached, SMALL)
+    for slot, budget in enumerate((0, 20, -1)):
+        part_of(group).admit(slot, budget)
+    group.write(cached.batch([(s, 0, 300) for s in range(3)]))
+    got = group.choose(cached.batch([(s, 299, 300) for s in range(3)]))
+    local = {*range(270, 300)}
+    assert got[0] == [None] * KV_HEADS
+    small = TokenSelect(budget=20, sinks=5, local=30)
+    assert got[1] == [middle(cached, 1, cached.queries[1][299], 300, small) | local] * KV_HEADS
+    assert got[2] == [middle(cached, 2, cached.queries[2][299], 300) | local] * KV_HEADS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Quest(budget=PAGE), TokenSelect(budget=0), TokenSelect(local=0), Fasa(), Fasa(table="x", planes=99)],
+)
+def test_wrong_settings_are_refused(settings: object) -> None:
+    with pytest.raises(ValueError):
+        Group(Cached([20], [10]), settings)  # type: ignore[arg-type]

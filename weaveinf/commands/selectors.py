@@ -1,0 +1,205 @@
+"""`weaveinf bench selectors`: a layer's decode attention over long contexts, chosen beside dense.
+
+Every row counts all that a method does for a step of a layer: looking on at the write, scoring, choosing,
+finding the tokens in their pages and attending. Layers take turns, so that no cache of the processor holds a
+layer's keys from one turn to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.cache.pools import Pools, PoolSpec
+from weaveinf.commands.report import Machine, write_json
+from weaveinf.config import PAGE_SIZE
+from weaveinf.ops.attention import paged_attention
+from weaveinf.selectors.registry import settings
+from weaveinf.selectors.selector import Heads, Selector
+
+_LAYERS = 10  # the last ones are timed: the methods' own first layers are dense
+_TIMED = range(2, _LAYERS)
+_STEPS = 12
+
+
+class Context:
+    """A batch of sequences with random keys and values in pages in random order, one layer after another."""
+
+    def __init__(self, args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> None:
+        self.batch, self.tokens = args.batch, tokens
+        self.heads = Heads(
+            num_layers=_LAYERS,
+            num_heads=args.heads,
+            num_kv_heads=args.kv_heads,
+            head_dim=args.head_dim,
+            kv_heads=range(args.kv_heads),
+            ranks=1,
+            max_num_seqs=args.batch,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
+        each = -(-(tokens + _STEPS * 2) // PAGE_SIZE)
+        self.table = torch.randperm(args.batch * each).to(torch.int32).view(args.batch, each)
+        shape = (args.kv_heads, args.head_dim)
+        self.specs = [PoolSpec(name, shape, dtype, _LAYERS) for name in ("key", "value")]
+        self.pools = Pools(self.specs, args.batch * each, PAGE_SIZE, self.heads.device, True)
+        noise = torch.randn(1 << 22).to(dtype)
+        for name in ("key", "value"):
+            for layer in _TIMED:
+                flat = self.pools[name][layer].flatten()
+                for at in range(0, len(flat), len(noise)):
+                    flat[at : at + len(noise)] = noise[: len(flat) - at].roll(at // 7)
+
+    def make(self, wanted: dict[str, Any]) -> Selector:
+        """A method over this cache, which has seen all of it."""
+        selector = settings(wanted).make(self.heads, PAGE_SIZE)
+        selector.bind(Pools(selector.pools, self.pools.num_pages, PAGE_SIZE, self.heads.device, True))
+        for s in range(self.batch):
+            for start in range(0, self.tokens, 4096):
+                rows = torch.arange(start, min(start + 4096, self.tokens), dtype=torch.int32)
+                batch = self.rows(rows, s, s + 1)
+                for layer in _TIMED:
+                    keys = self.pools["key"][layer]
+                    selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping], keys, batch)
+        return selector
+
+    def rows(self, positions: Tensor, first: int, end: int) -> Batch:
+        """These positions of each of some sequences."""
+        count = len(positions)
+        table = self.table[first:end]
+        slots = table[:, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        every = torch.arange(first, end, dtype=torch.int32)
+        return Batch(
+            input_ids=torch.zeros(count * len(every), dtype=torch.int64),
+            positions=positions.repeat(len(every)),
+            slot_mapping=slots.flatten().long(),
+            cu_seqlens_q=torch.arange(len(every) + 1, dtype=torch.int32) * count,
+            seq_lens=(positions[-1:] + 1).repeat(len(every)),
+            num_prompt_tokens=torch.ones_like(every),
+            block_table=table,
+            state_slot=every,
+            logit_rows=torch.arange(count * len(every)),
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    dtype = torch.bfloat16
+    machine = Machine.measure(dtype)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for tokens in args.tokens:
+            context = Context(args, tokens, dtype)
+            methods = _methods(args, Path(folder), context.heads)
+            rows += _compare(context, methods, args.turns, machine)
+    about = {"batch": args.batch, "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim}
+    about |= {"machine_gb_per_s": machine.gb_per_s, "threads": torch.get_num_threads(), "rows": rows}
+    print(_table(about))
+    write_json(args.json, about)
+
+
+def _methods(args: argparse.Namespace, folder: Path, heads: Heads) -> dict[str, dict[str, Any]]:
+    """What is timed; FASA's planes are as good as any here."""
+    file = folder / "planes.json"
+    planes = list(range(heads.head_dim // 2))
+    file.write_text(json.dumps({"planes": [[planes] * heads.num_kv_heads] * heads.num_layers}))
+    known: dict[str, dict[str, Any]] = {
+        "tokenselect, no hits": {"name": "tokenselect", "threshold": 2.0},
+        "tokenselect, all hits": {"name": "tokenselect", "threshold": -1.0},
+        "fasa": {"name": "fasa", "table": str(file)},
+        "quest": {"name": "quest"},
+    }
+    return {title: known[title] for title in known if title.split(",")[0] in args.methods}
+
+
+def _compare(
+    context: Context, methods: dict[str, dict[str, Any]], turns: int, machine: Machine
+) -> list[dict[str, Any]]:
+    """Medians over turns in which all methods take theirs."""
+    calls = {"dense": _dense(context)} | {title: _chosen(context, m) for title, m in methods.items()}
+    times: dict[str, list[float]] = {title: [] for title in calls}
+    for turn in range(turns + 1):
+        for title, call in calls.items():
+            ms = call()
+            if turn:
+                times[title].append(ms)
+    dense = median(times["dense"])
+    heads = context.heads
+    gigabytes = 2 * context.batch * context.tokens * heads.num_kv_heads * heads.head_dim * 2 / 1e9
+    return [
+        {
+            "tokens": context.tokens,
+            "method": title,
+            "ms": median(values),
+            "times_dense": dense / median(values),
+            "dense_share_of_bandwidth": gigabytes / dense * 1e3 / machine.gb_per_s,
+        }
+        for title, values in times.items()
+    ]
+
+
+def _queries(context: Context) -> Tensor:
+    heads = context.heads
+    return torch.randn(context.batch, heads.num_heads, heads.head_dim).to(heads.dtype)
+
+
+def _dense(context: Context) -> Callable[[], float]:
+    q, out = _queries(context), torch.empty_like(_queries(context))
+    batch = context.rows(torch.tensor([context.tokens - 1], dtype=torch.int32), 0, context.batch)
+    where = (batch.block_table, batch.cu_seqlens_q, batch.positions)
+
+    def call() -> float:
+        began = time.perf_counter()
+        for layer in _TIMED:
+            keys, values = (context.pools[name][layer] for name in ("key", "value"))
+            paged_attention(q, keys, values, *where, context.heads.head_dim**-0.5, out=out)
+        return (time.perf_counter() - began) / len(_TIMED) * 1e3
+
+    return call
+
+
+def _chosen(context: Context, wanted: dict[str, Any]) -> Callable[[], float]:
+    selector = context.make(wanted)
+    q, out = _queries(context), torch.empty_like(_queries(context))
+    at = [context.tokens - 1]
+
+    def call() -> float:
+        """A step: the answer goes on by a token, over and over in the same few places."""
+        at[0] = context.tokens - 1 + (at[0] - context.tokens + 2) % _STEPS
+        batch = context.rows(torch.tensor(at, dtype=torch.int32), 0, context.batch)
+        began = time.perf_counter()
+        for layer in _TIMED:
+            keys, values = (context.pools[name][layer] for name in ("key", "value"))
+            selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping], keys, batch)
+            turn = selector.choose(layer, q, keys, batch)
+            try:
+                ballot = next(turn)
+                while True:
+                    ballot = turn.send(ballot)  # one rank: its own vote is the sum
+            except StopIteration as end:
+                for segment in end.value:
+                    segment.attend(q, keys, values, context.heads.head_dim**-0.5, out)
+        return (time.perf_counter() - began) / len(_TIMED) * 1e3
+
+    return call
+
+
+def _table(about: dict[str, Any]) -> str:
+    lines = [
+        "batch {batch}, {heads} heads, {kv_heads} KV heads of {head_dim}, bfloat16, {threads} threads, "
+        "memory read at {machine_gb_per_s:.1f} GB/s".format(**about)
+    ]
+    for row in about["rows"]:
+        text = "{tokens:7d} tokens  {method:22s} {ms:8.3f} ms  {times_dense:6.2f}x".format(**row)
+        share = row["dense_share_of_bandwidth"]
+        lines.append(text + f"  ({share:.0%} of the memory's rate)" * (row["method"] == "dense"))
+    return "\n".join(lines)
