@@ -9,16 +9,28 @@ if TYPE_CHECKING:
     from weaveinf.engine.request import RequestOutput, SamplingParams
     from weaveinf.llm import LLM
     from weaveinf.selectors.fasa import Fasa
+    from weaveinf.selectors.hisa import Hisa
     from weaveinf.selectors.lazyllm import LazyLlm
     from weaveinf.selectors.quest import Quest
     from weaveinf.selectors.tokenselect import TokenSelect
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Fasa", "LazyLlm", "Quest", "RequestOutput", "SamplingParams", "TokenSelect", "__version__"]
+__all__ = [
+    "LLM",
+    "Fasa",
+    "Hisa",
+    "LazyLlm",
+    "Quest",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenSelect",
+    "__version__",
+]
 
 _HOMES = {
     "Fasa": "weaveinf.selectors.fasa",
     "LLM": "weaveinf.llm",
+    "Hisa": "weaveinf.selectors.hisa",
     "LazyLlm": "weaveinf.selectors.lazyllm",
     "Quest": "weaveinf.selectors.quest",
     "RequestOutput": "weaveinf.engine.request",

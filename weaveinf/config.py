@@ -10,6 +10,7 @@ import torch
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+IndexKeys = Literal["exact", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 Weave = Literal["auto", "off", "on"]
 
@@ -28,8 +29,9 @@ class EngineConfig:
         dtype: "auto" takes the checkpoint's.
         weave: whether batches are cut in two halves ("on" is strict, see DESIGN section 1).
         selector: which cached tokens long contexts read: NAME or NAME:setting=value,..., an object of
-        settings
-            (`weaveinf.Quest`), or a mapping of the "name" and settings; None: all.
+            settings (`weaveinf.Quest`), or a mapping of the "name" and settings; None: all.
+        index_keys: how the indexer of a model with sparse attention keeps its keys: "exact" in the model's
+            dtype, or in "fp8", which needs less memory and chooses a little differently.
         max_model_len: tokens of prompt and output together; None: the model's own limit.
         seed: what requests without a seed of their own derive theirs from.
         revision: of the hub repository, applied to every file of it.
@@ -49,6 +51,7 @@ class EngineConfig:
     dtype: DType = "auto"
     weave: Weave = "auto"
     selector: Any = None
+    index_keys: IndexKeys = "exact"
     max_model_len: int | None = None
     seed: int = 0
     revision: str | None = None
@@ -62,6 +65,7 @@ class EngineConfig:
         _one_of("device", self.device, Device)
         _one_of("dtype", self.dtype, DType)
         _one_of("weave", self.weave, Weave)
+        _one_of("index_keys", self.index_keys, IndexKeys)
         _one_of("load_format", self.load_format, LoadFormat)
         _int_in("tensor_parallel_size", self.tensor_parallel_size, 1, 1024)
         _int_in("max_num_seqs", self.max_num_seqs, 1, 4096)

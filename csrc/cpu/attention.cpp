@@ -89,7 +89,7 @@ void attention(const Call& c) {
   most = most < 1 ? 1 : most;
   const int threads = divide(c, most) > SERIAL ? int(c.threads) : 1;
   // As many tasks as keep all threads busy to the end.
-  while (threads > 1 && index_t(tasks.size()) < 4 * threads && most * c.group() > 2 * NR) {
+  while (threads > 1 && index_t(tasks.size()) < 4 * threads && most > 1 && most * c.group() > 2 * NR) {
     most = ceil_div(most, 2);
     divide(c, most);
   }

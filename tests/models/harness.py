@@ -29,6 +29,23 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 MOE: dict[str, Any] = {"num_experts_per_tok": 2}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+# So many heads that no token's score is zero, where transformers lets chance decide which of equals it takes.
+INDEXED = LATENT | {"index_n_heads": 12, "index_head_dim": 16, "index_topk": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 7},
@@ -36,6 +53,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "mixtral": MOE | {"num_local_experts": 4},
     "qwen3_moe": MOE | {"num_experts": 4, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "deepseek_v3": LATENT,
+    "deepseek_v32": INDEXED,
+    "glm_moe_dsa": INDEXED | {"indexer_types": ["full", "shared", "full"]},
 }
 
 
@@ -52,6 +72,9 @@ def make_checkpoint(path: Path, family: str, save: dict[str, Any] | None = None,
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.3 if name.endswith("bias") else 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(0, 0.3)
     model.save_pretrained(path, **(save or {}))
     return model
 
@@ -71,8 +94,9 @@ class Lockstep:
         pages: int = 64,
         max_model_len: int | None = None,
         load_format: str = "auto",
+        index_keys: str = "exact",
     ) -> None:
-        self.config = ModelConfig.from_path(path, max_model_len)
+        self.config = ModelConfig.from_path(path, max_model_len).with_index_keys(index_keys)
         self.dtype = dtype
         self.models: list[Model] = []
         for rank in range(size):

@@ -22,7 +22,7 @@ def parse(family: str = "llama", **changes: Any) -> ModelConfig:
 
 
 def test_the_families_are_found_by_their_files() -> None:
-    assert sorted(NAMES) == ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"]
+    assert sorted(NAMES) == sorted(FAMILIES)
     assert parse(architectures="absent", model_type="qwen2").architecture == "Qwen2ForCausalLM"
     assert parse(architectures=["New", "MistralForCausalLM"]).architecture == "MistralForCausalLM"
 
@@ -67,6 +67,41 @@ def test_what_the_mixtures_refuse() -> None:
         parse("mixtral", num_experts_per_tok=9)
     with pytest.raises(ValueError, match="mlp_only_layers"):
         parse("qwen3_moe", mlp_only_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy', expected 'noaux_tc'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "expected 'sigmoid'"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2.*latents serve all"),
+        ("deepseek_v3", {"n_group": 3}, "n_group=3 equal groups of 8"),
+        ("deepseek_v3", {"topk_group": 5}, "topk_group=5 of n_group=4"),
+        ("deepseek_v3", {"topk_group": 1}, "topk_group=1 groups of only 2"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "odd"),
+        ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank=None"),
+        ("deepseek_v32", {"index_head_dim": 4}, "index_head_dim=4, expected at least"),
+        ("deepseek_v32", {"index_topk": 0}, "index_topk=0"),
+        ("deepseek_v32", {"mlp_layer_types": ["dense"]}, "3 times 'dense' or 'sparse'"),
+        ("glm_moe_dsa", {"indexer_types": ["shared", "full", "full"]}, "the first one 'full'"),
+        ("glm_moe_dsa", {"indexer_types": None, "index_topk_pattern": "FXS"}, "index_topk_pattern='FXS'"),
+    ],
+)
+def test_what_latent_attention_refuses(family: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse(family, **changes)
+
+
+def test_which_layers_have_an_indexer_of_their_own() -> None:
+    def layers(**changes: Any) -> tuple[bool, ...]:
+        found = parse("glm_moe_dsa", indexer_types=None, num_hidden_layers=6, **changes).indexing
+        assert found is not None
+        return found.layers
+
+    assert layers() == (True,) * 6
+    assert layers(index_topk_freq=2) == (True, True, False, True, False, True)
+    assert layers(index_topk_freq=3, index_skip_topk_offset=1) == (True, False, False) * 2
+    assert layers(index_topk_pattern="FSSFSF") == (True, False, False, True, False, True)
 
 
 def test_which_layers_slide() -> None:

@@ -15,6 +15,7 @@ from tests.models.harness import FAMILIES, SMALL, Lockstep, make_checkpoint
 VOCAB = SMALL["vocab_size"]
 TOKENS = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(5)).tolist()
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+DEEP_YARN = YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 1.3}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -45,6 +46,14 @@ VARIANTS: list[tuple[str, dict[str, Any], int]] = [
     ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True}, 4),
     ("qwen3_moe", {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 8}, 1),
     ("qwen3_moe", {"mlp_only_layers": [1]}, 2),
+    ("deepseek_v3", {"q_lora_rank": None, "n_shared_experts": 2}, 2),
+    ("deepseek_v3", {"rope_interleave": False, "attention_bias": True, "norm_topk_prob": False}, 2),
+    ("deepseek_v3", {"rope_parameters": DEEP_YARN, "n_group": 1, "topk_group": 1}, 1),
+    ("deepseek_v32", {"attention_bias": True, "mlp_layer_types": ["sparse", "dense", "sparse"]}, 2),
+    ("deepseek_v32", {"rope_parameters": DEEP_YARN, "index_topk": 5}, 1),
+    ("deepseek_v32", {"index_topk": 64, "first_k_dense_replace": 0}, 2),
+    ("glm_moe_dsa", {"indexer_types": ["full", "full", "shared"], "rms_norm_eps": 1e-2}, 2),
+    ("glm_moe_dsa", {"indexer_types": None, "attention_bias": True}, 1),
 ]
 CASES = [(family, {}, size) for family in FAMILIES for size in (1, 2, 4)] + VARIANTS
 
@@ -99,7 +108,7 @@ def test_sixty_four_greedy_tokens_are_those_of_transformers(tmp_path: Path, fami
         assert (same | tie).all()
 
 
-@pytest.mark.parametrize(("family", "size"), [("llama", 2), ("qwen3", 1), ("qwen2", 4)])
+@pytest.mark.parametrize(("family", "size"), [("llama", 2), ("qwen3", 1), ("qwen2", 4), ("deepseek_v3", 2)])
 def test_bfloat16_is_as_near_to_the_truth_as_transformers(tmp_path: Path, family: str, size: int) -> None:
     model = make_checkpoint(tmp_path, family)
     model = model.bfloat16()

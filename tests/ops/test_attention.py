@@ -189,3 +189,13 @@ def test_an_output_of_its_own_has_the_dtype_of_q(dtype: torch.dtype) -> None:
     got = paged_attention(case.q, *pools, table, case.starts, case.positions, case.scale)
     assert got.dtype == dtype and got.is_contiguous()
     case.close(got, case.want())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_heads_of_a_large_model_on_one_wide_key(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """More queries to a row than a task is to have: latent attention."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    Case([[40, 41, 90]], (128, 1, 576, 16), dtype).check()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.models.harness import FAMILIES, SMALL
 from weaveinf.cli import main
 from weaveinf.models.config import ModelConfig
 from weaveinf.weave.plan import Half, Planner, cuts, predict
@@ -79,6 +80,11 @@ def costs(raw: dict[str, Any], tp: int = 8, gpu: str = "h100") -> GpuCosts:
 
 def gain(of: GpuCosts, tokens: int) -> float:
     return of.plain(tokens)[0] / Planner(of).plan(tokens, tokens**2 / 2, tokens**2 / 8).woven_ms
+
+
+def test_what_is_not_modelled_is_not_predicted() -> None:
+    with pytest.raises(ValueError, match="latent attention of DeepseekV3ForCausalLM"):
+        costs({"architectures": ["DeepseekV3ForCausalLM"], **SMALL, **FAMILIES["deepseek_v3"]})
 
 
 def test_the_constants_are_these_twelve() -> None:

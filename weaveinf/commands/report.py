@@ -65,9 +65,12 @@ class Work:
     def of(cls, config: ModelConfig, dtype: torch.dtype) -> Work:
         hidden, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
         attention = hidden * config.head_dim * (heads + config.num_heads)
+        if (latents := config.latents) is not None:
+            attention = latents.weights(hidden, config.num_heads)
         mlp = 3 * hidden * config.intermediate_size
         if config.experts is not None:
-            mlp = 3 * hidden * config.experts.intermediate_size * config.experts.top_k
+            chosen = config.experts.top_k + config.experts.shared
+            mlp = 3 * hidden * config.experts.intermediate_size * chosen
         head = hidden * config.vocab_size
         return cls(attention + mlp, head, config.num_layers, dtype.itemsize)
 

@@ -25,8 +25,9 @@ from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
+from weaveinf.selectors.hisa import Hisa
 from weaveinf.selectors.registry import settings
-from weaveinf.selectors.selector import Heads, Selector
+from weaveinf.selectors.selector import Heads, Index, Selector
 from weaveinf.trace import Trace
 from weaveinf.weave import timeline
 from weaveinf.weave.timeline import Recorder
@@ -56,7 +57,8 @@ class Worker:
         self.config = config
         self.ranks = ranks
         self.path = resolve(config.model, config.revision)
-        self.model_config = ModelConfig.from_path(self.path, config.max_model_len)
+        model_config = ModelConfig.from_path(self.path, config.max_model_len)
+        self.model_config = model_config.with_index_keys(config.index_keys)
         self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.model_config.dtype
         self._on_gpu = ranks.device.type == "cuda"
         if self._on_gpu:
@@ -81,7 +83,8 @@ class Worker:
             self.selector = self._selector(config)
             specs = [*self.model.pool_specs, *(self.selector.pools if self.selector else ())]
             self.num_pages = self._agree_on_pages(specs)
-            self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device, self.selector is not None)
+            scattered = self.selector is not None or self.model_config.indexing is not None
+            self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device, scattered)
             if self.selector is not None:
                 self.selector.bind(self.pools)
             self.model.bind(self.pools, self.selector)
@@ -109,6 +112,13 @@ class Worker:
         chosen, model = settings(config.selector), self.model_config
         if any(window is not None for window in model.windows):
             raise ValueError(f"{chosen.name} cannot choose in a sliding window; use selector=None")
+        if model.latents is not None and not isinstance(chosen, Hisa):
+            raise ValueError(
+                f"{chosen.name} chooses by keys of heads, and this model caches latents; use None"
+            )
+        index = None
+        if model.indexing is not None:
+            index = Index(model.indexing.top_k, model.indexing.dim, sum(model.indexing.layers))
         heads = Heads(
             num_layers=model.num_layers,
             num_heads=model.num_heads,
@@ -119,6 +129,7 @@ class Worker:
             max_num_seqs=config.max_num_seqs,
             dtype=self.dtype,
             device=self.ranks.device,
+            index=index,
         )
         return chosen.make(heads, PAGE_SIZE)
 

@@ -39,7 +39,8 @@ class Experts:
     """The mixture of a model: `count` experts of width `intermediate_size`, `top_k` per token.
 
     `layers[i]` says whether layer i has the mixture; `renormalize` whether the weights of the
-    chosen experts are scaled to sum to one.
+    chosen experts are scaled to sum to one. DeepSeek's: `shared` more experts serve every token; the
+    experts are in `groups`, of which a token's are in the best `top_groups`; `scale` is of their weights.
     """
 
     count: int
@@ -47,10 +48,65 @@ class Experts:
     intermediate_size: int
     renormalize: bool
     layers: tuple[bool, ...]
+    shared: int = 0
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.top_k > self.count:
             raise ValueError(f"config.json: num_experts_per_tok={self.top_k} of only {self.count} experts")
+        if self.count % self.groups or self.top_groups > self.groups:
+            raise ValueError(
+                f"config.json: topk_group={self.top_groups} of n_group={self.groups} equal groups of "
+                f"{self.count} experts"
+            )
+        if self.top_k > self.top_groups * self.count // self.groups:
+            raise ValueError(
+                f"config.json: num_experts_per_tok={self.top_k} of topk_group={self.top_groups} groups of "
+                f"only {self.count // self.groups} experts"
+            )
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): widths.
+
+    A token's keys and values of all heads come from one latent of width `kv_rank` and one rotated key of
+    width `rope`; a head's query and key are `nope` + `rope` wide, its value `value`. Queries come from a
+    latent of width `q_rank`; None: from the hidden state. `interleaved`: channels 2i and 2i + 1 of a rotated
+    part turn together, otherwise i and i + rope / 2.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+    interleaved: bool
+
+    def weights(self, hidden: int, heads: int) -> int:
+        """How many a layer's attention has, its indexer excluded."""
+        queries = (self.q_rank or hidden) * heads * (self.nope + self.rope) + hidden * (self.q_rank or 0)
+        cached = hidden * (self.kv_rank + self.rope) + self.kv_rank * heads * (self.nope + self.value)
+        return queries + cached + heads * self.value * hidden
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """The lightning indexer of DeepSeek sparse attention: `heads` of width `dim` score every cached token, a
+    row reads the best `top_k` of them.
+
+    `layers[i]` says whether layer i scores for itself; others read what was chosen in the layer before.
+    `interleaved`: as in `Latents`. `fp8`: whether queries and keys are rounded to eight bits.
+    """
+
+    heads: int
+    dim: int
+    top_k: int
+    layers: tuple[bool, ...]
+    interleaved: bool
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +117,7 @@ class ModelConfig:
         windows: per layer, how many positions a query sees, its own included; None: all.
         qkv_bias, output_bias, mlp_bias: biases of q/k/v, of the output projection, of the MLP.
         qk_norm: RMSNorm over each head's q and k before the rotation.
+        latents: of a model that caches latents instead of keys and values; then head_dim is what is rotated.
         max_model_len: positions that a request may use; the rotary table has as many rows.
         dtype: of the checkpoint, as its config says (float32 where it does not).
         eos_token_ids: of generation_config.json where it names any, else of config.json.
@@ -85,6 +142,8 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     experts: Experts | None = None
+    latents: Latents | None = None
+    indexing: Indexing | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -135,6 +194,14 @@ class ModelConfig:
                 "the positions this model's rotary embedding reaches"
             )
         return replace(self, max_model_len=max_model_len)
+
+    def with_index_keys(self, kind: str) -> ModelConfig:
+        """The same model with the keys of its indexer kept in its own dtype ("exact"), or in "fp8"."""
+        if kind == "exact":
+            return self
+        if self.indexing is None:
+            raise ValueError(f"index_keys={kind!r}: {self.architecture} has no indexer; use 'exact'")
+        return replace(self, indexing=replace(self.indexing, fp8=True))
 
     def check_ranks(self, size: int) -> None:
         """Refuses a number of ranks that does not divide what must be cut evenly."""

@@ -8,9 +8,9 @@ over the ranks; what a rank lacks, the seam's sum over ranks adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,6 +100,8 @@ class Parts:
     rotary: Tensor
     scratch: Scratch
     closing: list[PackedWeight] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What blocks leave for those of later layers, by names of their own."""
 
     def closes(self, weight: PackedWeight, bias: bool) -> PackedWeight:
         """Notes a weight whose product is all of a block's partial sums."""
@@ -130,6 +132,24 @@ class Embedding:
 
     def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
         embed(batch.input_ids, self.table, self.first, out)
+
+
+class AttentionBlock(Protocol):
+    """A layer's first block, which reads the cache.
+
+    Attributes:
+        pool_specs: what all layers of its kind keep for every token or page.
+    """
+
+    pool_specs: Sequence[PoolSpec]
+
+    def bind(self, pools: Pools, selector: Selector | None) -> None:
+        """Gives the layer its part of the pools, and what chooses of them."""
+        ...
+
+    def __call__(
+        self, x: Tensor | None, batch: Batch, out: Tensor
+    ) -> Kept | Generator[Tensor, Tensor, Kept]: ...
 
 
 class _Heads(NamedTuple):
@@ -191,6 +211,10 @@ class Attention:
         self.o_bias = parts.row_bias(config.output_bias, f"{name}.o_proj.bias", config.hidden_size)
         self.keys = self.values = torch.empty(0)
         self.selector: Selector | None = None
+        shape = (self.kv_heads, dim)
+        self.pool_specs: Sequence[PoolSpec] = [
+            PoolSpec(pool, shape, self.dtype, config.num_layers) for pool in ("key", "value")
+        ]
 
     def bind(self, pools: Pools, selector: Selector | None) -> None:
         """Gives the layer its pages, [num_pages, page_size, kv_heads, head_dim], and what chooses of them."""
@@ -350,9 +374,12 @@ class ExpertMlp:
 
     def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
         assert x is not None
-        logits = linear(x, self.router, out_dtype=torch.float32)
-        weights, ids = route(logits, self.experts.top_k, self.experts.renormalize)
+        weights, ids = self._route(linear(x, self.router, out_dtype=torch.float32))
         moe(x, self.gate_up, self.down, weights, ids, out)
+
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids of each row's experts, as `moe` takes them."""
+        return route(logits, self.experts.top_k, self.experts.renormalize)
 
 
 class Head:
@@ -382,10 +409,10 @@ class Model:
         vocab_start, vocab_shard: this rank's token ids are the range of that start and length.
         scratch: what all blocks share.
         closing: the weights of products that are all of a block's partial sums, without a bias.
-        pool_specs: the pools "key" and "value" that `bind` wants.
+        pool_specs: the pools that `bind` wants.
     """
 
-    def __init__(self, parts: Parts, layer: Callable[[Parts, int], tuple[Attention, Block]]) -> None:
+    def __init__(self, parts: Parts, layer: Callable[[Parts, int], tuple[AttentionBlock, Block]]) -> None:
         """Builds embedding, layers, head; `layer(parts, i)` gives attention and MLP of layer i."""
         config, share = parts.config, parts.share
         norm = "model.layers.{}.input_layernorm.weight"
@@ -393,7 +420,7 @@ class Model:
         embedding = Embedding(parts, "model.embed_tokens.weight")
         self.config = config
         self.chain: list[tuple[Block, Joint]] = [(embedding, parts.norm(norm.format(0)))]
-        self._attentions: list[Attention] = []
+        self._attentions: list[AttentionBlock] = []
         for i in range(config.num_layers):
             attention, mlp = layer(parts, i)
             last = i == config.num_layers - 1
@@ -407,10 +434,7 @@ class Model:
         self.scratch = parts.scratch
         self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
         self.kv_heads = share.kv_heads
-        shape = (len(share.kv_heads), config.head_dim)
-        self.pool_specs = [
-            PoolSpec(name, shape, parts.weights.dtype, config.num_layers) for name in ("key", "value")
-        ]
+        self.pool_specs = self._attentions[0].pool_specs
 
     def bind(self, pools: Pools, selector: Selector | None = None) -> None:
         """Gives every attention layer its pages, and what chooses of them; needed before the first run."""

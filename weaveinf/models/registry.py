@@ -11,7 +11,7 @@ from typing import Any
 
 import weaveinf.models
 from weaveinf.models.config import Fields, ModelConfig
-from weaveinf.models.layers import Attention, Block, Parts
+from weaveinf.models.layers import AttentionBlock, Block, Parts
 
 _SANDWICH = (
     "it normalises a block's output before the residual add, which the seams cannot do; "
@@ -38,7 +38,7 @@ class Family:
     architecture: str
     model_type: str
     configure: Callable[[Fields], ModelConfig]
-    layer: Callable[[Parts, int], tuple[Attention, Block]]
+    layer: Callable[[Parts, int], tuple[AttentionBlock, Block]]
 
 
 @cache

@@ -52,7 +52,8 @@ class Rope:
     """The rotation of a model: over `dim` dimensions of each head, `theta` the base.
 
     `original` is the length the model was trained for before any scaling; `default_positions` the
-    context to serve unless told otherwise, `max_positions` the longest that makes sense.
+    context to serve unless told otherwise, `max_positions` the longest that makes sense. `score_factor` is
+    what DeepSeek's attention multiplies all scores by, besides.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     attention_factor: float = 1.0
+    score_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
@@ -126,6 +128,8 @@ class Rope:
                 scale = _magnitude(values["factor"], number("mscale", None))
                 scale /= _magnitude(values["factor"], number("mscale_all_dim", None))
             values["attention_factor"] = number("attention_factor", scale)
+            if given.get("mscale_all_dim"):
+                values["score_factor"] = _magnitude(values["factor"], number("mscale_all_dim", None)) ** 2
         stretched = int(original * values.get("factor", 1.0))
         reach = max_positions if kind in ("default", "llama3") else max(max_positions, stretched)
         default = max_positions if kind == "dynamic" else reach

@@ -197,6 +197,7 @@ class Weights:
         self._progress = progress
         self._used: set[str] = set()
         self._missing: list[str] = []
+        self._skipped: tuple[str, ...] = ()
         # Raw weights on their way into packed ones share this memory: freed one by one, they would leave
         # holes of their sizes in the heap.
         self._passage = torch.empty(0, dtype=torch.uint8)
@@ -204,9 +205,13 @@ class Weights:
     def has(self, name: str) -> bool:
         return self.source.find(name) is not None
 
-    def tensor(self, *pieces: Piece) -> Tensor:
-        """The pieces one below the other, in the model's dtype."""
-        return self._gather(pieces, 0, lambda shape: torch.empty(shape, dtype=self.dtype))
+    def skip(self, prefix: str) -> None:
+        """What a name begins with whose tensor nobody wants."""
+        self._skipped += (prefix,)
+
+    def tensor(self, *pieces: Piece, dtype: torch.dtype | None = None) -> Tensor:
+        """The pieces one below the other, in the model's dtype unless told otherwise."""
+        return self._gather(pieces, 0, lambda shape: torch.empty(shape, dtype=dtype or self.dtype))
 
     def packed(self, *pieces: Piece, pad: int = 0, wide: bool = False) -> PackedWeight:
         """The same and `pad` rows of zeros, packed for `ops.linear` (see `pack`); the raw copy is dropped."""
@@ -259,7 +264,8 @@ class Weights:
         words = []
         if self._missing:
             words.append(f"lacks {_listed(self._missing)}")
-        extra = [n for n in self.source.names() if n not in self._used and not _HARMLESS.search(n)]
+        unused = [n for n in self.source.names() if n not in self._used and not n.startswith(self._skipped)]
+        extra = [n for n in unused if not _HARMLESS.search(n)]
         if extra:
             words.append(f"has unexpected {_listed(sorted(extra))}")
         if words:

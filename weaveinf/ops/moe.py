@@ -27,6 +27,29 @@ def route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor
     return values.contiguous(), ids.contiguous()
 
 
+def route_in_groups(
+    logits: Tensor, bias: Tensor, top_k: int, groups: int, top_groups: int, renormalize: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's routing (arXiv 2412.19437, section 2.1.2): (weights float32, ids int32), [rows, top_k].
+
+    logits: float32 [rows, E]; bias: float32 [E]. An expert is chosen by sigmoid(logit) + bias, among those of
+    the top_groups groups whose two best sum to most (E / groups neighbours are a group); its weight is the
+    sigmoid alone, with renormalize divided by the chosen ones' sum, times scale. Ties go to the lower index.
+    """
+    scores = logits.float().sigmoid()
+    wanted = scores + bias
+    grouped = wanted.unflatten(1, (groups, len(bias) // groups))
+    best = grouped.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+    rank = best.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
+    closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, rank, False)
+    wanted = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
+    ids = wanted.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * scale, ids.to(torch.int32)
+
+
 class ExpertWeights:
     """One weight of every expert."""
 

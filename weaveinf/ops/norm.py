@@ -1,4 +1,4 @@
-"""RMSNorm, alone and behind the sum of partial results and the residual add."""
+"""RMSNorm, alone and behind the sum of partial results and the residual add; LayerNorm."""
 
 from __future__ import annotations
 
@@ -68,6 +68,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, out: Te
         torch.get_num_threads(),
     )
     return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim; float32 inside, rounded once."""
+    f = torch.nn.functional.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
+    return f.to(x.dtype)
 
 
 def add_rms_norm(

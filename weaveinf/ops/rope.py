@@ -19,6 +19,12 @@ def rope_reference_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     return x
 
 
+def halves(x: Tensor) -> Tensor:
+    """The channels of [..., d] from the interleaved layout, where 2i and 2i + 1 turn together, to that which
+    `rope_` turns: a copy. Products of queries and keys that both went through it stay what they were."""
+    return x.unflatten(-1, (x.shape[-1] // 2, 2)).transpose(-1, -2).flatten(-2)
+
+
 def write_kv_reference(
     k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor
 ) -> None:

@@ -7,12 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 from weaveinf.selectors.fasa import Fasa
+from weaveinf.selectors.hisa import Hisa
 from weaveinf.selectors.lazyllm import LazyLlm
 from weaveinf.selectors.quest import Quest
 from weaveinf.selectors.selector import Settings
 from weaveinf.selectors.tokenselect import TokenSelect
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (TokenSelect, Fasa, Quest, LazyLlm)}
+_ALL = (TokenSelect, Fasa, Quest, LazyLlm, Hisa)
+METHODS: dict[str, type[Any]] = {method.name: method for method in _ALL}
 
 
 def settings(wanted: Mapping[str, Any]) -> Settings:

@@ -28,6 +28,16 @@ DENSE, ANSWER, PROMPT = 0, 1, 2
 
 
 @dataclass(frozen=True)
+class Index:
+    """The indexer of a model that has one: how many tokens it lets a row read, the width of its keys, and in
+    how many layers it scores."""
+
+    top_k: int
+    dim: int
+    layers: int
+
+
+@dataclass(frozen=True)
 class Heads:
     """What a selector must know of a model and of this rank's part of it.
 
@@ -45,6 +55,7 @@ class Heads:
     max_num_seqs: int
     dtype: torch.dtype
     device: torch.device
+    index: Index | None = None
 
     @property
     def replicated(self) -> bool:

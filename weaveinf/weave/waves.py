@@ -66,6 +66,8 @@ class GpuCosts:
     seam_ctas: Sequence[int] = (2, 4, 8)
 
     def __init__(self, config: ModelConfig, tp: int, gpu: Gpu) -> None:
+        if config.latents is not None:
+            raise ValueError(f"what the latent attention of {config.architecture} costs is not modelled")
         self.num_layers = config.num_layers
         self._gpu, self._tp = gpu, tp
         self._hidden = config.hidden_size

@@ -72,11 +72,11 @@ class Weaver:
         self.recorder: Recorder | None = None
         self.planner: Planner | None = None
         self.repeated: Graphs | Tapes | None = None
-        # What a selector does depends on more than a step's shape: nothing is kept of its steps.
+        # What a selector or indexer does depends on more than a step's shape: nothing is kept of its steps.
         if self._on_cpu:
             if selector is None and (ranks.size == 1 or self.seam.fused):
                 self.repeated = Tapes(self._run, model.scratch.memory)
-        elif selector is None:
+        elif selector is None and model_config.indexing is None:
             only_decode = self.seam.name == "collective"
             self.repeated = Graphs(self._run, model.scratch.memory, self._most, only_decode, ranks.device)
         self.why = self._objection(config)
