@@ -2,19 +2,19 @@
 
     python bench/retrieval_model.py [DIRECTORY] [--dtype float32]       (default bench/models/retrieval)
 
-It answers a token with what followed that token's earlier occurrence, at any distance to 128K tokens and more,
-as induction heads do (Olsson et al., arXiv 2209.11895):
+It answers a token with what followed that token's earlier occurrence, at any distance to 128K tokens and
+more, as induction heads do (Olsson et al., arXiv 2209.11895):
 
-- In layer 0 one query head of each KV head reads the token before: keys and queries are the same everywhere but
-  for their rotary turns, whose phases agree at distance one only. It copies that token's code of matching.
+- In layer 0 one query head of each KV head reads the token before: keys and queries are the same everywhere
+  but for their rotary turns, whose phases agree at distance one only. It copies that token's code of matching.
 - In layer 2 one query head of each KV head compares its own token's code with what layer 0 left at every
   position, on planes that turn too slowly for distance to matter, and copies the identity of the token there.
   (FASA reads all in layer 0 and Quest in layers 0 and 1: layer 2 is where every method must choose.)
 - All other heads, layer 1 and the MLPs are noise, of scores like a trained model's. They write where nobody
   reads but they.
 
-The residual stream is a direct sum: a token's identity, its code of matching, the code of the token before, the
-answer, one constant, filling, noise. All embeddings have the same norm, so that RMSNorm changes little.
+The residual stream is a direct sum: a token's identity, its code of matching, the code of the token before,
+the answer, one constant, filling, noise. All embeddings have the same norm, so that RMSNorm changes little.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MATCHING_LAYER = 2
 THETA = 1e16
 """Planes turn by 10 ** (-i / 2) a token."""
 FAST = 12
-"""Planes that find the token before. The others turn by 0.13 at most over 128K tokens: they carry the match."""
+"""Planes that find the token before. The others, which carry the match, turn by 0.13 at most in 128K tokens."""
 SLOW = [*range(FAST, HALF), *range(HALF + FAST, HEAD_DIM)]
 """Channels of the slow planes; a code of matching has one entry for each."""
 
@@ -65,8 +65,8 @@ MATCH_QUERY, MATCH_KEY = 4.0, 2.5
 NOISE_SIZE = 0.3
 """Of what noise heads and MLPs write, against what they read."""
 VALUE_LOGIT, OTHER_LOGIT = 0.6, 0.45
-"""What an answer's entry adds to a logit. Several values at once are each a faint answer, and must still be above
-what is a little like all of them."""
+"""What an answer's entry adds to a logit. Several values at once are each a faint answer, and must still be
+above what is a little like all of them."""
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -111,8 +111,8 @@ class Builder:
         return torch.randn(shape, generator=self._generator)
 
     def _make_identities(self) -> Tensor:
-        """Entries 1 and -1, [VOCABULARY, 2 * HEAD_DIM]. Those of the values are orthogonal, so that several at
-        once can be told from the others."""
+        """Entries 1 and -1, [VOCABULARY, 2 * HEAD_DIM]. Those of the values are orthogonal, so that several
+        at once can be told from the others."""
         width = IDENTITY.stop
         codes = self._normal(VOCABULARY, width).sign()
         hadamard = torch.ones(1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,21 +31,21 @@ _CPU = torch.device("cpu")
 def calibrate(
     model: str, token_ids: Sequence[int], out: Path, count: int = 256, queries: int = QUERIES
 ) -> list[Tensor]:
-    """Writes the table that `weaveinf.selectors.fasa` reads: each KV head's planes, those first that alone find
-    most of the `count` tokens which the whole head finds best, for the last `queries` tokens of a text.
+    """Writes the table that `weaveinf.selectors.fasa` reads: each KV head's planes, those first that alone
+    find most of the `count` tokens which the whole head finds best, for the last `queries` tokens of a text.
 
     Returns what was found: `fasa.agreement` of each layer, float32 [KV heads, planes].
 
     Raises:
-        ValueError: when the text is shorter than the queries and what they are to find, or longer than the model
-            takes; or for a model that cannot be loaded.
+        ValueError: when the text is shorter than the queries and what they are to find, or longer than the
+            model takes; or for a model that cannot be loaded.
     """
     path = resolve(model)
     config = ModelConfig.from_path(path)
     if not count + queries <= len(token_ids) <= config.max_model_len:
         raise ValueError(
-            f"the text has {len(token_ids)} tokens: calibration wants at least {count + queries}, and the model "
-            f"takes {config.max_model_len} at most"
+            f"the text has {len(token_ids)} tokens: calibration wants at least {count + queries}, and the "
+            f"model takes {config.max_model_len} at most"
         )
     keys, asked = _observe(path, config, token_ids, queries)
     found = [
@@ -59,7 +60,7 @@ class Observer:
     """A `Selector` that lets every row read all, and keeps the rotated queries of the latest batch."""
 
     row_align = 1
-    pools: tuple[PoolSpec, ...] = ()
+    pools: Sequence[PoolSpec] = ()
 
     def __init__(self, heads: Heads) -> None:
         self.budgets = Budgets(heads, 0)
@@ -111,13 +112,14 @@ def _observe(
     votes = GlooVotes(None, 1, _CPU)
     # The last run is exactly of the tokens that ask: their queries are what the observer is left with.
     edges = [*range(0, len(tokens) - queries, CHUNK), len(tokens) - queries, len(tokens)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         run(model.chain, [_batch(tokens, start, end)], [seam], votes)
     return [pool.flatten(0, 1)[: len(tokens)] for pool in pools["key"]], observer
 
 
 def _batch(tokens: Tensor, start: int, end: int) -> Batch:
-    """Tokens start to end of a text whose pages lie in order. All want logits: so the last layer asks for all."""
+    """Tokens start to end of a text whose pages lie in order. All want logits, so that in the last layer too
+    all ask."""
     at = torch.arange(start, end, dtype=torch.int32)
     return Batch(
         input_ids=tokens[start:end],
