@@ -2,10 +2,10 @@
 
     python bench/needles.py [--lengths 4096 16384 65536 131072] [--budgets 8 16 32 64 ...] [--cases 16]
 
-The model is bench/retrieval_model.py's, which is exact when it reads all. A haystack is filler with pairs of a
-key and a value in it; a question is the last three tokens of a prompt, MARK key MARK, and the answer is the key,
-then the value. The key is answered by the prompt's last row, the value by an answer's row, to which every method
-applies.
+The model is bench/retrieval_model.py's, which is exact when it reads all. A haystack is filler with pairs of
+a key and a value in it; a question is the last three tokens of a prompt, MARK key MARK, and the answer is the
+key, then the value. The key is answered by the prompt's last row, the value by an answer's row, to which every
+method applies.
 
     single   a few lone pairs at all depths, each asked for in turn
     keys     256 pairs, of which some are asked for
@@ -177,7 +177,7 @@ def ask(llm: LLM, haystack: Haystack, budget: int) -> tuple[int, int]:
 
 
 def measure(llm: LLM, method: str, task: str, args: argparse.Namespace, length: int) -> list[Cell]:
-    """A method's cells of one haystack; one for answers only reads all first: those pages serve all budgets."""
+    """A method's cells of one haystack; one for answers only reads all first: those pages serve the budgets."""
     haystack = make(task, length, args.cases)
     forced = SINKS + LOCAL if method == "tokenselect" else 0
     cells = []

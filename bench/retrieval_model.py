@@ -6,14 +6,14 @@ It answers a token with what followed that token's earlier occurrence, at any di
 more, as induction heads do (Olsson et al., arXiv 2209.11895):
 
 - In layer 0 one query head of each KV head reads the token before: keys and queries are the same everywhere
-  but for their rotary turns, whose phases agree at distance one only. It copies that token's code of matching.
+  but for their rotary turns, whose phases agree at distance one only. It copies that token's matching code.
 - In layer 2 one query head of each KV head compares its own token's code with what layer 0 left at every
   position, on planes that turn too slowly for distance to matter, and copies the identity of the token there.
   (FASA reads all in layer 0 and Quest in layers 0 and 1: layer 2 is where every method must choose.)
 - All other heads, layer 1 and the MLPs are noise, of scores like a trained model's. They write where nobody
   reads but they.
 
-The residual stream is a direct sum: a token's identity, its code of matching, the code of the token before,
+The residual stream is a direct sum: a token's identity, its matching code, the code of the token before,
 the answer, one constant, filling, noise. All embeddings have the same norm, so that RMSNorm changes little.
 """
 
@@ -35,9 +35,9 @@ MATCHING_LAYER = 2
 THETA = 1e16
 """Planes turn by 10 ** (-i / 2) a token."""
 FAST = 12
-"""Planes that find the token before. The others, which carry the match, turn by 0.13 at most in 128K tokens."""
+"""Planes that find the token before. The others carry the match: they turn by 0.13 at most in 128K."""
 SLOW = [*range(FAST, HALF), *range(HALF + FAST, HEAD_DIM)]
-"""Channels of the slow planes; a code of matching has one entry for each."""
+"""Channels of the slow planes; a matching code has one entry for each."""
 
 MARK = 0
 """The marker of a question. It says nothing: its identity is zero, so that no answer is ever it."""
@@ -165,7 +165,7 @@ class Builder:
 
     @staticmethod
     def _read_before(group: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
-        """A head that copies the code of matching of the token before.
+        """A head that copies the matching code of the token before.
 
         On every fast plane the key points along the first channel and the query is turned back by one
         token's angle, so that they agree, whatever else, one token apart.
