@@ -4,8 +4,8 @@
 
 The model is bench/retrieval_model.py's, which is exact when it reads all. A haystack is filler with pairs of
 a key and a value in it; a question is the last three tokens of a prompt, MARK key MARK, and the answer is the
-key, then the value. The key is answered by the prompt's last row, the value by an answer's row, to which every
-method applies.
+key, then the value. The key is answered by the prompt's last row, the value by an answer's row, to which all
+methods apply.
 
     single   a few lone pairs at all depths, each asked for in turn
     keys     256 pairs, of which some are asked for
@@ -152,8 +152,8 @@ class Cell:
     """Prompt tokens that were not in the cache."""
 
 
-def ask(llm: LLM, haystack: Haystack, budget: int) -> tuple[int, int]:
-    """How many questions are answered rightly, and how many prompt tokens were computed for it."""
+def requests(haystack: Haystack, budget: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """A prompt for each question, and what else is to be said."""
     prompts = [[*haystack.tokens, MARK, question.key, MARK] for question in haystack.questions]
     params = [
         SamplingParams(
@@ -165,19 +165,28 @@ def ask(llm: LLM, haystack: Haystack, budget: int) -> tuple[int, int]:
         )
         for question in haystack.questions
     ]
+    return prompts, params
+
+
+def is_right(question: Question, token_ids: Sequence[int], likeliest: Sequence[int]) -> bool:
+    """Whether these tokens, of which the last was one of so many likeliest, are the answer."""
+    return token_ids[0] == question.key and set(likeliest) == set(question.values)
+
+
+def ask(llm: LLM, haystack: Haystack, budget: int) -> tuple[int, int]:
+    """How many questions are answered rightly, and how many prompt tokens were computed for it."""
     scheduler = llm.engine.scheduler
     before = scheduler.num_prefix_queried - scheduler.num_prefix_hit
-    outputs = llm.generate(prompts, params, show_progress=False)
+    outputs = llm.generate(*requests(haystack, budget), show_progress=False)
     right = 0
     for question, output in zip(haystack.questions, outputs, strict=True):
         assert output.logprobs is not None
-        found = set(output.logprobs[1].top_ids)
-        right += output.token_ids[0] == question.key and found == set(question.values)
+        right += is_right(question, output.token_ids, output.logprobs[-1].top_ids)
     return right, scheduler.num_prefix_queried - scheduler.num_prefix_hit - before
 
 
 def measure(llm: LLM, method: str, task: str, args: argparse.Namespace, length: int) -> list[Cell]:
-    """A method's cells of one haystack; one for answers only reads all first: those pages serve the budgets."""
+    """A method's cells of one haystack. One for answers only reads all first; its pages serve all budgets."""
     haystack = make(task, length, args.cases)
     forced = SINKS + LOCAL if method == "tokenselect" else 0
     cells = []

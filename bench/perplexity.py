@@ -2,11 +2,11 @@
 
     python bench/perplexity.py [--context 2048] [--prompt 1024] [--budgets 32 64 128 256 512] [--windows 8]
 
-The text is what bench/demo_model held out from training. The first `--prompt` tokens of a window are a prompt,
-which the prompt's rule serves (dense but for TokenSelect); each later one is fed as an answer's token would be,
-one a step, whatever the model would have said (teacher forcing), and its likelihood is counted. So the rows that
-count are decode rows by the method's own rule, with all that goes along (TokenSelect's Selection Cache), over a
-cache that the method itself has written. `prompt_logprobs` would measure the prompt's rule instead.
+The text is what bench/demo_model held out from training. The first `--prompt` tokens of a window are a
+prompt, which the prompt's rule serves (dense but for TokenSelect). Each later one is fed as an answer's token
+would be, one a step, whatever the model would have said (teacher forcing), and its likelihood is counted. So
+the rows that count are decode rows by the method's own rule, with all that goes along (as TokenSelect's cache
+of choices), over keys and values that the method itself has written. `prompt_logprobs` would measure the prompt's rule.
 
 A budget counts all tokens that a row reads for each KV head, TokenSelect's sinks and local tokens too. Writes
 bench/results/perplexity-DATE.md and .json.
@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tokenselect": {"sinks": SINKS, "local": LOCAL},
     "tokenselect, no cache": {"sinks": SINKS, "local": LOCAL, "threshold": 2.0},
 }
-"""FASA's planes are a quarter of a head's, as in the paper. Of the demo's four layers Quest leaves two dense."""
+"""FASA's planes are a quarter of a head's, as in the paper. Quest leaves two of four layers dense."""
 CHUNK = 512
 """Tokens of a prompt in one step: TokenSelect cuts only where its chunks end."""
 

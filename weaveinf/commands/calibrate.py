@@ -63,7 +63,7 @@ class Observer:
     pools: Sequence[PoolSpec] = ()
 
     def __init__(self, heads: Heads) -> None:
-        self.budgets = Budgets(heads, 0)
+        self.budgets = Budgets(heads, 0, 0)
         self.queries = [torch.empty(0)] * heads.num_layers
 
     def admit(self, slot: int, budget: int) -> None:
