@@ -6,7 +6,7 @@ The text is what bench/demo_model held out from training. The first `--prompt` t
 prompt, which the prompt's rule serves (dense but for TokenSelect). Each later one is fed as an answer's token
 would be, one a step, whatever the model would have said (teacher forcing), and its likelihood is counted. So
 the rows that count are decode rows by the method's own rule, with all that goes along (as TokenSelect's cache
-of choices), over keys and values that the method itself has written. `prompt_logprobs` would measure the prompt's rule.
+of choices), over keys and values that the method has written. `prompt_logprobs` would measure prompts.
 
 A budget counts all tokens that a row reads for each KV head, TokenSelect's sinks and local tokens too. Writes
 bench/results/perplexity-DATE.md and .json.

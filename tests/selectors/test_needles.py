@@ -44,14 +44,14 @@ def model(needles: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exact_in_transformers(needles: Any, model: Path, dtype: torch.dtype) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    for task in needles.TASKS:
-        haystack = needles.make(task, LENGTH, CASES)
+    for kind in needles.HAYSTACKS:
+        haystack = needles.make(kind, LENGTH, CASES)
         prompts, _ = needles.requests(haystack, 0)
         for question, prompt in zip(haystack.questions, prompts, strict=True):
             with torch.no_grad():
                 logits = theirs(torch.tensor([[*prompt, question.key]])).logits[0, -2:]
             said, likeliest = logits[0].argmax().tolist(), logits[1].topk(len(question.values)).indices
-            assert needles.is_right(question, [said], likeliest.tolist()), task
+            assert needles.is_right(question, [said], likeliest.tolist()), question
 
 
 def answers(fresh: Any, asked: Sequence[Asked]) -> list[list[tuple[list[int], list[int]]]]:
@@ -79,10 +79,10 @@ def test_exact_with_room_for_all(needles: Any, model: Path, method: str | None, 
         settings = {"name": method, "budget": LENGTH} | needles.METHODS[method]
         if method == "fasa":
             settings["table"] = str(model / needles.TABLE)
-    wanted = [(task, LENGTH if method else 0) for task in needles.TASKS]
+    wanted = [(kind, LENGTH if method else 0) for kind in needles.HAYSTACKS]
     if method is not None:
-        wanted.append(("single", TENTH))
-    haystacks = [needles.make(task, LENGTH, CASES) for task, _ in wanted]
+        wanted.append(("alone", TENTH))
+    haystacks = [needles.make(kind, LENGTH, CASES) for kind, _ in wanted]
     asked = [needles.requests(h, budget) for h, (_, budget) in zip(haystacks, wanted, strict=True)]
     args = (str(model), settings, asked)
     if size == 1:
