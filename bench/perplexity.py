@@ -179,7 +179,8 @@ def report(found: dict[str, dict[int, float]], args: argparse.Namespace) -> None
         "against all tokens read. Budgets are of all tokens that a row reads for each KV head, TokenSelect's"
     ]
     lines += ["sinks and local ones too. The model was trained on contexts of 512 tokens. float32.", ""]
-    lines += [f"Settings beside the budget: {METHODS}.", ""]
+    said = "; ".join(f"{name}: {METHODS[name]}" for name in args.methods if METHODS[name])
+    lines += [f"Settings beside the budget: {said}.", ""]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
     command = f"python bench/perplexity.py {' '.join(sys.argv[1:])}".strip()
     lines += [f"Command: `{command}`", ""]
