@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
-from weaveinf.cache.pools import Pools, PoolSpec
+from weaveinf.cache.pools import Pools
 from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.votes import GlooVotes
 from weaveinf.config import PAGE_SIZE
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import load_model, resolve
 from weaveinf.selectors import fasa
-from weaveinf.selectors.selector import DENSE, Budgets, Choosing, Heads, RowFacts, segments
+from weaveinf.selectors.selector import DENSE, Budgets, Choosing, Heads, RowFacts, Selector, segments
 from weaveinf.weave.run import run
 
 QUERIES = 64
@@ -56,28 +56,12 @@ def calibrate(
     return found
 
 
-class Observer:
-    """A `Selector` that lets every row read all, and keeps the rotated queries of the latest batch."""
-
-    row_align = 1
-    pools: Sequence[PoolSpec] = ()
+class Observer(Selector):
+    """Lets every row read all, and keeps the rotated queries of the latest batch."""
 
     def __init__(self, heads: Heads) -> None:
-        self.budgets = Budgets(heads, 0, 0)
+        self.budgets = Budgets(heads, 0, 0, 0)
         self.queries = [torch.empty(0)] * heads.num_layers
-
-    def admit(self, slot: int, budget: int) -> None:
-        """See `Selector`."""
-
-    def bind(self, pools: Pools) -> None:
-        """See `Selector`."""
-
-    def shape(self, prompt: int, end: int, budget: int) -> bytes:
-        """See `Selector`."""
-        return b""
-
-    def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
-        """See `Selector`."""
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
