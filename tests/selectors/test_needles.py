@@ -1,0 +1,123 @@
+"""The bench's retrieval model finds what it is asked for: dense, by every method, on one rank and on two."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.engine.harness import complete, with_engines
+from tests.ranks import pool
+from weaveinf.comm.ranks import Ranks
+from weaveinf.commands.calibrate import calibrate
+from weaveinf.config import EngineConfig
+from weaveinf.engine.request import SamplingParams
+from weaveinf.selectors.selector import Heads
+
+BENCH = Path(__file__).parents[2] / "bench"
+LENGTH, CASES = 1024, 4
+TENTH = LENGTH // 10
+Asked = tuple[list[list[int]], list[SamplingParams]]
+
+
+@pytest.fixture(scope="module")
+def needles() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        yield importlib.import_module("needles")
+
+
+@pytest.fixture(scope="module")
+def model(needles: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint in float32, with FASA's table beside it."""
+    path: Path = tmp_path_factory.mktemp("retrieval")
+    needles.write(path, torch.float32)
+    calibrate(str(path), needles.calibration_text()[-LENGTH:], path / needles.TABLE)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_in_transformers(needles: Any, model: Path, dtype: torch.dtype) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    for kind in needles.HAYSTACKS:
+        haystack = needles.make(kind, LENGTH, 1)
+        prompts, _ = needles.requests(haystack, 0)
+        for question, prompt in zip(haystack.questions, prompts, strict=True):
+            with torch.no_grad():
+                logits = theirs(torch.tensor([[*prompt, question.key]])).logits[0, -2:]
+            said, likeliest = logits[0].argmax().tolist(), logits[1].topk(len(question.values)).indices
+            assert needles.is_right(question, [said], likeliest.tolist()), question
+
+
+def answers(fresh: Any, asked: Sequence[Asked]) -> list[list[tuple[list[int], list[int]]]]:
+    """Of every question its tokens and which were likeliest at the last."""
+    engine = fresh()
+    found = []
+    for prompts, params in asked:
+        done = complete(engine, prompts, params)
+        found.append([(request.output_token_ids, request.logprobs[-1].top_ids) for request in done])
+    return found
+
+
+def on_ranks(ranks: Ranks, model: str, selector: dict[str, Any] | None, asked: Sequence[Asked]) -> Any:
+    settings: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": LENGTH, "dtype": "float32"}
+    config = EngineConfig(model=model, selector=selector, kv_cache_gib=0.05, **settings)
+    return with_engines(ranks, config, answers, asked)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("method", [None, "quest", "fasa", "tokenselect"])
+def test_exact_with_room_for_all(needles: Any, model: Path, method: str | None, size: int) -> None:
+    """And with a tenth of it a lone needle is found."""
+    settings = None
+    if method is not None:
+        settings = {"name": method, "budget": LENGTH} | needles.METHODS[method]
+        if method == "fasa":
+            settings["table"] = str(model / needles.TABLE)
+    wanted = [(kind, LENGTH if method else 0) for kind in needles.HAYSTACKS]
+    if method is not None:
+        wanted.append(("alone", TENTH))
+    haystacks = [needles.make(kind, LENGTH, CASES) for kind, _ in wanted]
+    asked = [needles.requests(h, budget) for h, (_, budget) in zip(haystacks, wanted, strict=True)]
+    args = (str(model), settings, asked)
+    if size == 1:
+        found = on_ranks(Ranks.single(torch.device("cpu")), *args)
+    else:
+        found = pool(size).run(on_ranks, *args)[0]
+    for what, haystack, said in zip(wanted, haystacks, found, strict=True):
+        for question, (tokens, likeliest) in zip(haystack.questions, said, strict=True):
+            assert needles.is_right(question, tokens, likeliest), what
+
+
+def test_calibration_ranks_the_planes_that_carry_the_match(needles: Any, model: Path, tmp_path: Path) -> None:
+    """In the matching layer the slow planes come first; and what was written can be read again."""
+    from weaveinf.selectors import fasa
+
+    shape = importlib.import_module("retrieval_model")
+    text = needles.calibration_text()[-LENGTH:]
+    found = calibrate(str(model), text, tmp_path / "table.json")
+    assert [tuple(shares.shape) for shares in found] == [(shape.KV_HEADS, shape.HALF)] * shape.LAYERS
+    assert all(0 <= float(shares.min()) <= float(shares.max()) <= 1 for shares in found)
+    heads = Heads(
+        shape.LAYERS,
+        shape.HEADS,
+        shape.KV_HEADS,
+        shape.HEAD_DIM,
+        range(shape.KV_HEADS),
+        1,
+        1,
+        torch.float32,
+        torch.device("cpu"),
+    )
+    ranked = fasa.load(str(tmp_path / "table.json"), heads, shape.HALF)
+    slow = shape.HALF - shape.FAST
+    assert (
+        ranked[shape.MATCHING_LAYER, :, :slow].sort(1).values == torch.arange(shape.FAST, shape.HALF)
+    ).all()
+    with pytest.raises(ValueError, match="wants at least 320"):
+        calibrate(str(model), text[:300], tmp_path / "none.json")

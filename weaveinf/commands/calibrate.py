@@ -1,0 +1,118 @@
+"""`weaveinf calibrate`: ranks the rotary planes of a model's heads for FASA, on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.cache.pools import Pools
+from weaveinf.comm.local import LocalSeam
+from weaveinf.comm.votes import GlooVotes
+from weaveinf.config import PAGE_SIZE
+from weaveinf.models.config import ModelConfig
+from weaveinf.models.loader import load_model, resolve
+from weaveinf.selectors import fasa
+from weaveinf.selectors.selector import DENSE, Budgets, Choosing, Heads, RowFacts, Selector, segments
+from weaveinf.weave.run import run
+
+QUERIES = 64
+"""Tokens at the end of the text whose queries are asked."""
+CHUNK = 2048
+"""Tokens of the text that run at once."""
+_CPU = torch.device("cpu")
+
+
+def calibrate(
+    model: str, token_ids: Sequence[int], out: Path, count: int = 256, queries: int = QUERIES
+) -> list[Tensor]:
+    """Writes the table that `weaveinf.selectors.fasa` reads: each KV head's planes, those first that alone
+    find most of the `count` tokens which the whole head finds best, for the last `queries` tokens of a text.
+
+    Returns what was found: `fasa.agreement` of each layer, float32 [KV heads, planes].
+
+    Raises:
+        ValueError: when the text is shorter than the queries and what they are to find, or longer than the
+            model takes; or for a model that cannot be loaded.
+    """
+    path = resolve(model)
+    config = ModelConfig.from_path(path)
+    if not count + queries <= len(token_ids) <= config.max_model_len:
+        raise ValueError(
+            f"the text has {len(token_ids)} tokens: calibration wants at least {count + queries}, and the "
+            f"model takes {config.max_model_len} at most"
+        )
+    keys, asked = _observe(path, config, token_ids, queries)
+    found = [
+        fasa.agreement(q, k, config.num_kv_heads, count) for q, k in zip(asked.queries, keys, strict=True)
+    ]
+    ranked = [shares.argsort(dim=1, descending=True, stable=True).tolist() for shares in found]
+    fasa.save(out, path.resolve().name, ranked)
+    return found
+
+
+class Observer(Selector):
+    """Lets every row read all, and keeps the rotated queries of the latest batch."""
+
+    def __init__(self, heads: Heads) -> None:
+        self.budgets = Budgets(heads, 0, 0, 0)
+        self.queries = [torch.empty(0)] * heads.num_layers
+
+    def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
+        """See `Selector`."""
+        self.queries[layer] = q
+        yield from ()
+        return segments(batch, RowFacts.of(batch, self.budgets), np.full(len(q), DENSE))
+
+
+@torch.inference_mode()
+def _observe(
+    path: Path, config: ModelConfig, token_ids: Sequence[int], queries: int
+) -> tuple[list[Tensor], Observer]:
+    """Every layer's rotated keys of the text [tokens, KV heads, D], and who has the queries of its end."""
+    tokens = torch.tensor(token_ids)
+    model = load_model(path, config, 0, 1, _CPU, torch.float32)
+    pools = Pools(model.pool_specs, -(-len(tokens) // PAGE_SIZE), PAGE_SIZE, _CPU)
+    observer = Observer(
+        Heads(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            kv_heads=model.kv_heads,
+            ranks=1,
+            max_num_seqs=1,
+            dtype=torch.float32,
+            device=_CPU,
+        )
+    )
+    model.bind(pools, observer)
+    seam = LocalSeam(CHUNK, config.hidden_size, torch.float32, _CPU)
+    votes = GlooVotes(None, 1, _CPU)
+    # The last run is exactly of the tokens that ask: their queries are what the observer is left with.
+    edges = [*range(0, len(tokens) - queries, CHUNK), len(tokens) - queries, len(tokens)]
+    for start, end in pairwise(edges):
+        run(model.chain, [_batch(tokens, start, end)], [seam], votes)
+    return [pool.flatten(0, 1)[: len(tokens)] for pool in pools["key"]], observer
+
+
+def _batch(tokens: Tensor, start: int, end: int) -> Batch:
+    """Tokens start to end of a text whose pages lie in order. All want logits, so that in the last layer too
+    all ask."""
+    at = torch.arange(start, end, dtype=torch.int32)
+    return Batch(
+        input_ids=tokens[start:end],
+        positions=at,
+        slot_mapping=at,
+        cu_seqlens_q=torch.tensor([0, end - start], dtype=torch.int32),
+        seq_lens=torch.tensor([end], dtype=torch.int32),
+        num_prompt_tokens=torch.tensor([len(tokens)], dtype=torch.int32),
+        block_table=torch.arange(-(-end // PAGE_SIZE), dtype=torch.int32)[None],
+        state_slot=torch.zeros(1, dtype=torch.int32),
+        logit_rows=torch.arange(end - start),
+    )
