@@ -44,6 +44,7 @@ SURFACE = {
     "bench selectors": {"--methods", "--tokens", "--batch", "--heads", "--kv-heads", "--head-dim", "--turns"}
     | {"--json"},
     "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
+    "calibrate": {"MODEL", "--text", "--out", "--tokens"},
     "doctor": {"--tp", "--json"},
 }
 

@@ -91,6 +91,16 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, nargs="+", default=[4096], help="of a prompt (4096)")
     _json(plan)
 
+    calibrate = _command(commands, "calibrate", "rank a model's rotary planes for --selector fasa")
+    calibrate.add_argument(
+        "model", metavar="MODEL", help="a directory in the Hugging Face layout, or a hub id"
+    )
+    calibrate.add_argument("--text", required=True, metavar="FILE", help="that the model reads for it")
+    calibrate.add_argument(
+        "--out", required=True, metavar="FILE", help="the table, for --selector fasa:table=FILE"
+    )
+    calibrate.add_argument("--tokens", type=int, default=4096, help="of the text, at most (4096)")
+
     doctor = _command(commands, "doctor", "what this machine has, what will be used, and why")
     doctor.add_argument("--tp", type=int, default=2, help="for that many ranks (2)")
     _json(doctor)
