@@ -1,4 +1,5 @@
-"""`weaveinf bench selectors`: a layer's decode attention over long contexts, chosen beside dense.
+"""`weaveinf bench selectors`: a layer's attention over long contexts, chosen beside dense: an answer's row of
+each sequence, and a chunk of one sequence's prompt.
 
 Every row counts all that a method does for a step of a layer: looking on at the write, scoring, choosing,
 finding the tokens in their pages and attending. Layers take turns, so that no cache of the processor holds a
@@ -12,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +28,7 @@ from weaveinf.config import PAGE_SIZE
 from weaveinf.ops.attention import paged_attention
 from weaveinf.selectors.registry import settings
 from weaveinf.selectors.selector import Heads, Selector
+from weaveinf.selectors.tokenselect import CHUNK
 
 _LAYERS = 10  # the last ones are timed: the methods' own first layers are dense
 _TIMED = range(2, _LAYERS)
@@ -101,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
             context = Context(args, tokens, dtype)
             methods = _methods(args, Path(folder), context.heads)
             rows += _compare(context, methods, args.turns, machine)
+            if "tokenselect" in args.methods:
+                rows += _prompt(context, max(1, args.turns // 5))
     about = {"batch": args.batch, "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim}
     about |= {"machine_gb_per_s": machine.gb_per_s, "threads": torch.get_num_threads(), "rows": rows}
     print(_table(about))
@@ -147,6 +152,38 @@ def _compare(
     ]
 
 
+def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
+    """A chunk at the end of a prompt, read by TokenSelect and whole."""
+    selector = context.make({"name": "tokenselect"})
+    heads, layer, end = context.heads, _TIMED[0], context.tokens // CHUNK * CHUNK
+    batch = context.rows(torch.arange(end - CHUNK, end, dtype=torch.int32), 0, 1)
+    batch = replace(batch, num_prompt_tokens=batch.seq_lens)
+    q = torch.randn(CHUNK, heads.num_heads, heads.head_dim).to(heads.dtype)
+    keys, values = (context.pools[name][layer] for name in ("key", "value"))
+    out, scale = torch.empty_like(q), heads.head_dim**-0.5
+    where = (batch.block_table, batch.cu_seqlens_q, batch.positions)
+    calls: dict[str, Callable[[], Any]] = {
+        "dense": lambda: paged_attention(q, keys, values, *where, scale, out=out),
+        "tokenselect": lambda: _step(selector, layer, q, (keys, values), replace(batch), out),
+    }
+    times: dict[str, list[float]] = {title: [] for title in calls}
+    for _ in range(turns):
+        for title, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[title].append((time.perf_counter() - began) * 1e3)
+    dense = median(times["dense"])
+    return [
+        {
+            "tokens": context.tokens,
+            "method": f"{title}, {CHUNK} of a prompt",
+            "ms": median(values),
+            "times_dense": dense / median(values),
+        }
+        for title, values in times.items()
+    ]
+
+
 def _queries(context: Context) -> Tensor:
     heads = context.heads
     return torch.randn(context.batch, heads.num_heads, heads.head_dim).to(heads.dtype)
@@ -179,18 +216,25 @@ def _chosen(context: Context, wanted: dict[str, Any]) -> Callable[[], float]:
         began = time.perf_counter()
         for layer in _TIMED:
             keys, values = (context.pools[name][layer] for name in ("key", "value"))
-            selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping.long()], keys, batch)
-            turn = selector.choose(layer, q, keys, batch)
-            try:
-                ballot = next(turn)
-                while True:
-                    ballot = turn.send(ballot)  # one rank: its own vote is the sum
-            except StopIteration as end:
-                for segment in end.value:
-                    segment.attend(q, keys, values, context.heads.head_dim**-0.5, out)
+            _step(selector, layer, q, (keys, values), batch, out)
         return (time.perf_counter() - began) / len(_TIMED) * 1e3
 
     return call
+
+
+def _step(
+    selector: Selector, layer: int, q: Tensor, pools: tuple[Tensor, Tensor], batch: Batch, out: Tensor
+) -> None:
+    """What a layer does with a selector, but for the model's products."""
+    selector.write(layer, pools[0].flatten(0, 1)[batch.slot_mapping.long()], pools[0], batch)
+    turn = selector.choose(layer, q, pools[0], batch)
+    try:
+        ballot = next(turn)
+        while True:
+            ballot = turn.send(ballot)  # one rank: its own vote is the sum
+    except StopIteration as end:
+        for segment in end.value:
+            segment.attend(q, *pools, q.shape[2] ** -0.5, out)
 
 
 def _table(about: dict[str, Any]) -> str:
@@ -199,7 +243,8 @@ def _table(about: dict[str, Any]) -> str:
         "memory read at {machine_gb_per_s:.1f} GB/s".format(**about)
     ]
     for row in about["rows"]:
-        text = "{tokens:7d} tokens  {method:22s} {ms:8.3f} ms  {times_dense:6.2f}x".format(**row)
-        share = row["dense_share_of_bandwidth"]
-        lines.append(text + f"  ({share:.0%} of the memory's rate)" * (row["method"] == "dense"))
+        text = "{tokens:7d} tokens  {method:29s} {ms:8.3f} ms  {times_dense:6.2f}x".format(**row)
+        if row["method"] == "dense":
+            text += f"  ({row['dense_share_of_bandwidth']:.0%} of the memory's rate)"
+        lines.append(text)
     return "\n".join(lines)
