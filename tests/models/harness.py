@@ -58,6 +58,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": INDEXED | {"indexer_types": ["full", "shared", "full"]},
 }
 
+UNINDEXED = [family for family, values in FAMILIES.items() if "index_topk" not in values]
+"""Those that run on GPUs and as graphs."""
+
 
 def make_checkpoint(path: Path, family: str, save: dict[str, Any] | None = None, **changes: Any) -> Any:
     """Saves a random model of a family to `path`; returns transformers' own, in float32."""

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.harness import FAMILIES, SMALL, Lockstep, make_checkpoint
+from tests.models.harness import SMALL, UNINDEXED, Lockstep, make_checkpoint
 from tests.ranks import pool
 from weaveinf.cache.batch import Batch
 from weaveinf.comm.local import LocalSeam
@@ -94,7 +94,7 @@ class Rehearsal(Graphs):
         )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=UNINDEXED)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     make_checkpoint(path, request.param)
