@@ -18,7 +18,7 @@ struct Wish {
   const void *q, *keys;
   float* out;
   const int32_t *table, *firsts, *ends, *channels;
-  index_t q_row, q_head, table_row, rows, heads, kv_heads, dim, page_size, width, halves, dtype, threads;
+  index_t q_row, q_head, table_row, rows, heads, kv_heads, dim, page_size, width, halves, soft, dtype, threads;
   double scale;
 };
 
@@ -140,6 +140,7 @@ struct Row {
     }
   }
 
+  // Sums over heads: of shares of the exponentials, or of the scores themselves.
   void vote(index_t share) {
     const index_t from = share * each, to = std::min(from + each, keys);
     for (index_t kv = 0; kv < c.kv_heads; ++kv) {
@@ -147,7 +148,7 @@ struct Row {
       for (index_t i = 0; i < chunks; ++i) {
         float weight[H];
         for (int h = 0; h < H; ++h) {  // heads that the chunk lacks, or without a score, have no vote
-          const float total = totals[(kv * chunks + i) * LANES + h];
+          const float total = w.soft ? totals[(kv * chunks + i) * LANES + h] : 1.0f;
           weight[h] = i * H + h < c.group() && total > 0 ? 1 / total : 0.0f;
         }
         const float* x = of(kv * chunks + i);
@@ -185,10 +186,12 @@ void votes(const Wish& w, const Call& c) {
     const int threads = shares > 1 ? int(w.threads) : 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
     for (index_t s = 0; s < shares; ++s) row.score(s);
-    row.over_shares(row.tops, shares, [](vf a, vf b) { return max(a, b); });
+    if (w.soft) {
+      row.over_shares(row.tops, shares, [](vf a, vf b) { return max(a, b); });
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (index_t s = 0; s < shares; ++s) row.exponentials(s, row.totals);
-    row.over_shares(row.totals, shares, [](vf a, vf b) { return a + b; });
+      for (index_t s = 0; s < shares; ++s) row.exponentials(s, row.totals);
+      row.over_shares(row.totals, shares, [](vf a, vf b) { return a + b; });
+    }
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (index_t s = 0; s < shares; ++s) row.vote(s);
   }

@@ -167,8 +167,14 @@ def part_of(group: Group) -> Selector:
     return group.parts[0]
 
 
-def soft_vote(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+def sums(q: Tensor, keys: Tensor) -> Tensor:
     """Of q [HEADS, D] on keys [tokens, KV_HEADS, D], by KV head: float64 [KV_HEADS, tokens]."""
+    grouped = q.double().view(KV_HEADS, HEADS // KV_HEADS, -1)
+    return torch.einsum("ghd,kgd->gk", grouped, keys.double())
+
+
+def soft_vote(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The same of shares."""
     grouped = q.double().view(KV_HEADS, HEADS // KV_HEADS, -1)
     return (torch.einsum("ghd,kgd->ghk", grouped, keys.double()) * scale).softmax(-1).sum(1)
 

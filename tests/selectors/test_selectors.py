@@ -19,6 +19,7 @@ from tests.selectors.harness import (
     best,
     part_of,
     soft_vote,
+    sums,
 )
 from weaveinf.selectors.fasa import Fasa, agreement, save
 from weaveinf.selectors.quest import Quest
@@ -55,7 +56,7 @@ def test_quest_takes_the_pages_with_the_highest_bounds(size: int) -> None:
             low = torch.stack([page.amin(0) for page in pages])
             high = torch.stack([page.amax(0) for page in pages])
             both = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
-            votes = soft_vote(both, torch.cat([high, low], -1), DIM**-0.5)
+            votes = sums(both, torch.cat([high, low], -1))
             for g in range(KV_HEADS):
                 chosen = {0, last} | best(votes[g], 2, 1)
                 assert got[s][g] == {

@@ -50,7 +50,7 @@ _LAYOUTS = {
     "weave_draw": "P4n3Pn",
     "weave_silu_mul": "PnP5n",
     "weave_attention": "7P13nd",
-    "weave_votes": "7P12nd",
+    "weave_votes": "7P13nd",
     "weave_top_k": "5P4n",
     "weave_places": "3P7n",
     "weave_bounds": "4P6n",

@@ -25,6 +25,7 @@ def votes_reference(
     width: int,
     scale: float,
     channels: Tensor | None = None,
+    soft: bool = True,
 ) -> Tensor:
     """See `votes`."""
     rows, heads, _ = q.shape
@@ -41,7 +42,7 @@ def votes_reference(
             grouped = q[r].float().view(kv_heads, heads // kv_heads, -1)
             scores = torch.einsum("ghd,kgd->ghk", grouped, k) * scale
             scores = scores.masked_fill(scores.isnan(), -torch.inf)
-            out[r, :, first:end] = scores.softmax(-1).nan_to_num(0.0).sum(1)
+            out[r, :, first:end] = (scores.softmax(-1).nan_to_num(0.0) if soft else scores).sum(1)
     return out
 
 
@@ -54,6 +55,7 @@ def votes(
     width: int,
     scale: float,
     channels: Tensor | None = None,
+    soft: bool = True,
 ) -> Tensor:
     """The soft vote of TokenSelect (arXiv 2411.02886, section 4.1), by KV head: for row r of q [rows, Hq, D],
     the sum over the query heads h of a KV head of softmax(scale * q[h] . keys) -> float32 [rows, Hkv, width].
@@ -63,11 +65,12 @@ def votes(
     row r's pages. Query head h is of KV head h // (Hq // Hkv). A score that is NaN counts as -inf.
 
     K is D; or channels (int32 [Hkv, K]) says which of a query's elements meet the keys'; or it is 2 D, and a
-    query meets them as max(q, 0) and then min(q, 0), as bounds want it.
+    query meets them as max(q, 0) and then min(q, 0), as bounds want it. soft: else the sum is of the
+    products.
     """
     dim = keys.shape[3]
     if q.is_cuda or native.lib is None or q.dtype not in native.DTYPES or dim % 16 or dim > _MOST_CHANNELS:
-        return votes_reference(q, keys, table, firsts, ends, width, scale, channels)
+        return votes_reference(q, keys, table, firsts, ends, width, scale, channels, soft)
     out = torch.empty(q.shape[0], keys.shape[2], width)
     native.lib.weave_votes(
         q.data_ptr(),
@@ -87,6 +90,7 @@ def votes(
         keys.shape[1],
         width,
         channels is None and q.shape[2] != dim,
+        soft,
         native.DTYPES[q.dtype],
         torch.get_num_threads(),
         scale,

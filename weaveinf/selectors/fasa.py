@@ -159,4 +159,4 @@ class FasaSelector(Selector):
         return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
 
     def _heads_choice(self, rows: PerRow) -> HeadsChoice:
-        return HeadsChoice(self._heads, rows, rows.position + 1, rows.budget, (0, 0))
+        return HeadsChoice(self._heads, rows, rows.position + 1, rows.budget, (0, 0), True)

@@ -1,8 +1,10 @@
 """Quest (arXiv 2406.10774): whole pages, by an upper bound of what a query can score on any of their keys.
 
 A page keeps the least and the largest value of every channel of its keys, lo and hi. A query's bound is
-sum_c max(q_c lo_c, q_c hi_c) = max(q, 0) . hi + min(q, 0) . lo: a dot product, so pages are voted on like
-keys. Each KV head chooses pages of its own. The page of the row itself is always read, and the first one.
+sum_c max(q_c lo_c, q_c hi_c) = max(q, 0) . hi + min(q, 0) . lo: a dot product, so pages are scored like keys.
+Each KV head chooses pages of its own, by the sum of its queries' bounds: bounds lie far above what is there,
+and a soft vote of them would see only the few highest. The page of the row itself is always read, and the
+first one.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ class QuestSelector(Selector):
 
     def _heads_choice(self, rows: PerRow) -> HeadsChoice:
         pages = rows.position // self._page + 1
-        return HeadsChoice(self._heads, rows, pages, rows.budget // self._page, (1, 1))
+        return HeadsChoice(self._heads, rows, pages, rows.budget // self._page, (1, 1), False)
 
     def _chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
         page, rows = self._page, heads.rows

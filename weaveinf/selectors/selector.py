@@ -269,22 +269,22 @@ def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> 
 
 
 class HeadsChoice:
-    """What the KV heads of an answer's rows choose, each for itself, by the soft vote of their queries: what
-    all layers ask of a segment.
+    """What the KV heads of an answer's rows choose, each for itself, by the votes of their queries, `soft`
+    ones or sums (`ops.select.votes`): what all layers ask of a segment.
 
     seen: how many candidates each row has, `forced` of them at the beginning and the end chosen in any case;
     wanted: how many each is to choose (int32 [rows]).
     """
 
     def __init__(
-        self, heads: Heads, rows: PerRow, seen: Tensor, wanted: Tensor, forced: tuple[int, int]
+        self, heads: Heads, rows: PerRow, seen: Tensor, wanted: Tensor, forced: tuple[int, int], soft: bool
     ) -> None:
         self.rows = rows
         self._heads = heads
         self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
         self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
         self._width = int(seen.max())
-        self._scale = heads.head_dim**-0.5
+        self._scale, self._soft = heads.head_dim**-0.5, soft
 
     def choose(
         self, q: Tensor, keys: Tensor, capacity: int, channels: Tensor | None = None
@@ -292,7 +292,7 @@ class HeadsChoice:
         """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
         int32 [rows, Hkv, capacity] and [rows, Hkv]."""
         votes = select.votes(
-            q, keys, self.rows.table, self._firsts, self._ends, self._width, self._scale, channels
+            q, keys, self.rows.table, self._firsts, self._ends, self._width, self._scale, channels, self._soft
         )
         if self._heads.replicated:  # the queries of a KV head are on several ranks
             ballot = votes.new_zeros(len(q), self._heads.num_kv_heads, self._width)
