@@ -68,6 +68,7 @@ class Group:
     def __init__(self, cached: Cached, settings: Settings, size: int = 1) -> None:
         self.cached, self.size = cached, size
         self.heads, self.parts, self.pools = [], [], []
+        self._places: dict[int, dict[int, int]] = {}
         for rank in range(size):
             own = (
                 range(rank * KV_HEADS // size, (rank + 1) * KV_HEADS // size)
@@ -84,6 +85,12 @@ class Group:
             self.heads.append(heads)
             self.parts.append(part)
             self.pools.append(pools)
+
+    def places(self, s: int) -> dict[int, int]:
+        """Positions of a sequence by their slots."""
+        if s not in self._places:
+            self._places[s] = {slot: i for i, slot in enumerate(self.cached.slots(s).tolist())}
+        return self._places[s]
 
     def write(self, batch: Batch, layer: int = 2) -> None:
         """The batch's keys come into the cache."""
@@ -151,8 +158,10 @@ class Group:
             assert isinstance(chosen, Tokens)
             s = int(torch.searchsorted(chosen.cu_seqlens, at, right=True)) - 1
             slots = chosen.slots[s, : int(chosen.positions[at]) + 1]
-        place = {int(slot): i for i, slot in enumerate(self.cached.slots(_sequences(batch)[row]))}
-        logical = [place[int(slot)] for slot in slots]
+        place = self.places(
+            int(batch.state_slot[torch.searchsorted(batch.cu_seqlens_q, row, right=True) - 1])
+        )
+        logical = [place[slot] for slot in slots.tolist()]
         assert len(set(logical)) == len(logical), "a token is read twice"
         assert logical == sorted(logical)
         return set(logical)
