@@ -208,7 +208,8 @@ def main() -> None:
         "",
     ]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in describe().items()), ""]
-    lines += [f"Command: `python bench/long_context.py {' '.join(sys.argv[1:])}`".replace(" `", "`"), ""]
+    command = f"python bench/long_context.py {' '.join(sys.argv[1:])}".strip()
+    lines += [f"Command: `{command}`", ""]
     (RESULTS / f"long-context-{datetime.date.today().isoformat()}.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
