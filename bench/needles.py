@@ -50,9 +50,9 @@ LEAST = {"quest": 2 * PAGE_SIZE, "fasa": 1, "tokenselect": SINKS + LOCAL + 1}
 PLANES = 8
 """FASA's: a quarter, as in the paper."""
 METHODS: dict[str, dict[str, Any]] = {
-    "quest": {},
-    "fasa": {"planes": PLANES},
-    "tokenselect": {"sinks": SINKS, "local": LOCAL},
+    "quest": {"dense_below": 0},
+    "fasa": {"planes": PLANES, "dense_below": 0},
+    "tokenselect": {"sinks": SINKS, "local": LOCAL, "dense_below": 0},
 }
 TABLE = "fasa.json"
 OTHER_KEYS, MANY_VALUES, MAJORITY, MINORITY = 192, 4, 20, 12

@@ -36,12 +36,13 @@ from weaveinf.engine.step import Admission, Step, StepOutput
 BENCH = Path(__file__).parent
 DEMO = BENCH.parent / "weaveinf" / "assets" / "demo"
 SINKS, LOCAL = 4, 12
+ALWAYS = {"dense_below": 0}
 METHODS: dict[str, dict[str, Any]] = {
-    "quest": {},
-    "quest, all layers": {"dense_layers": 0},
-    "fasa": {"planes": 4},
-    "tokenselect": {"sinks": SINKS, "local": LOCAL},
-    "tokenselect, no cache": {"sinks": SINKS, "local": LOCAL, "threshold": 2.0},
+    "quest": ALWAYS,
+    "quest, all layers": ALWAYS | {"dense_layers": 0},
+    "fasa": ALWAYS | {"planes": 4},
+    "tokenselect": ALWAYS | {"sinks": SINKS, "local": LOCAL},
+    "tokenselect, no cache": ALWAYS | {"sinks": SINKS, "local": LOCAL, "threshold": 2.0},
 }
 """FASA's planes are a quarter of a head's, as in the paper. Quest leaves two of four layers dense."""
 CHUNK = 512

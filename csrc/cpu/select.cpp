@@ -12,7 +12,7 @@ namespace {
 // What weaveinf/ops/select.py packs, in its order. Strides in elements; out: [rows, kv_heads, width]. Keys
 // before firsts[row] and from ends[row] on get an infinite vote.
 //
-// Queries have `dim` elements, but for two cases: with `channels` (int32 [kv_heads, dim]) those elements of them; with
+// Queries have `dim` elements, but for two cases: with `channels` (int32 [kv_heads, dim]) those elements of them, 0 for -1; with
 // `halves` half as many, which come as what is positive of them and then what is negative.
 struct Wish {
   const void *q, *keys;
@@ -25,7 +25,7 @@ struct Wish {
 constexpr index_t LEAST_SHARE = 256, MOST_SHARE = 2048;  // keys of a task
 constexpr index_t MOST_CHANNELS = 1024;
 
-thread_local Scratch wish_scratch, score_scratch;
+thread_local Scratch wish_scratch;
 
 // A row's scores lie as [kv head][chunk of H heads][key][H]. `tops` and `totals` are per share, [head lanes].
 template <class T, int H>
@@ -46,7 +46,7 @@ struct Row {
       T own[MOST_CHANNELS];
       if (w.channels) {
         const int32_t* channels = w.channels + head / group * c.dim;
-        for (index_t d = 0; d < c.dim; ++d) own[d] = from[channels[d]];
+        for (index_t d = 0; d < c.dim; ++d) own[d] = channels[d] < 0 ? T(0) : from[channels[d]];
         from = own;
       } else if (w.halves) {
         const index_t half = c.dim / 2;
@@ -320,7 +320,8 @@ void planes_of(const Planes& p) {
     if (p.slots[r] < 0) continue;
     const T* keys = static_cast<const T*>(p.keys) + r * p.key_row;
     T* out = static_cast<T*>(p.pool) + p.slots[r] * p.kv_heads * p.count;
-    for (index_t i = 0; i < p.kv_heads * p.count; ++i) out[i] = keys[i / p.count * p.dim + p.channels[i]];
+    for (index_t i = 0; i < p.kv_heads * p.count; ++i)
+      out[i] = p.channels[i] < 0 ? T(0) : keys[i / p.count * p.dim + p.channels[i]];
   }
 }
 

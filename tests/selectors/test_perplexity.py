@@ -26,7 +26,7 @@ def test_forced_tokens_are_as_likely_as_transformers_says(monkeypatch: pytest.Mo
         logprobs = theirs(ids).logits[:, PROMPT:-1].log_softmax(-1)
     wanted = math.exp(-float(logprobs.gather(2, ids[:, PROMPT + 1 :, None]).mean()))
     args = SimpleNamespace(budgets=[32, CONTEXT], windows=len(windows), prompt=PROMPT)
-    found = perplexity.measure({"name": "quest", "dense_layers": 0}, windows, args)
+    found = perplexity.measure({"name": "quest", "dense_layers": 0, "dense_below": 0}, windows, args)
     assert found[0] == pytest.approx(wanted, rel=1e-4)
     assert found[CONTEXT] == pytest.approx(wanted, rel=1e-4)
     assert abs(found[32] / wanted - 1) > 1e-3  # it does leave something out

@@ -39,7 +39,7 @@ def table(path: Path) -> tuple[str, torch.Tensor]:
 @pytest.mark.parametrize("size", SIZES)
 def test_quest_takes_the_pages_with_the_highest_bounds(size: int) -> None:
     cached = Cached([301, 200, 63], [290, 100, 10])
-    group = Group(cached, Quest(budget=4 * PAGE), size)
+    group = Group(cached, Quest(dense_below=0, budget=4 * PAGE), size)
     group.write(cached.batch([(s, 0, n - 2) for s, n in enumerate(cached.lengths)]))
     for back in (2, 1):  # two steps: the last page grows
         batch = cached.batch([(s, n - back, n - back + 1) for s, n in enumerate(cached.lengths)])
@@ -66,7 +66,7 @@ def test_quest_takes_the_pages_with_the_highest_bounds(size: int) -> None:
 
 def test_quest_reads_all_in_its_dense_layers() -> None:
     cached = Cached([301], [290])
-    group = Group(cached, Quest(budget=4 * PAGE))
+    group = Group(cached, Quest(dense_below=0, budget=4 * PAGE))
     batch = cached.batch([(0, 0, 301)])
     group.write(batch, layer=1)
     assert group.choose(cached.batch([(0, 300, 301)]), layer=1) == [[None] * KV_HEADS]
@@ -75,8 +75,8 @@ def test_quest_reads_all_in_its_dense_layers() -> None:
 def test_a_recycled_page_keeps_nothing() -> None:
     cached = Cached([160, 160], [10, 10])
     cached.table[1] = cached.table[0]  # the second request gets the first one's pages
-    group = Group(cached, Quest(budget=3 * PAGE))
-    alone = Group(cached, Quest(budget=3 * PAGE))
+    group = Group(cached, Quest(dense_below=0, budget=3 * PAGE))
+    alone = Group(cached, Quest(dense_below=0, budget=3 * PAGE))
     group.write(cached.batch([(0, 0, 160)]))
     for start, end in ((0, 70), (70, 71), (71, 160)):
         group.write(cached.batch([(1, start, end)]))
@@ -89,7 +89,7 @@ def test_a_recycled_page_keeps_nothing() -> None:
 def test_fasa_takes_the_best_tokens_of_its_planes(tmp_path: Path, size: int) -> None:
     path, planes = table(tmp_path)
     cached = Cached([301, 40, 200], [290, 20, 100])
-    group = Group(cached, Fasa(table=path, budget=50, planes=5), size)
+    group = Group(cached, Fasa(dense_below=0, table=path, budget=50, planes=5), size)
     group.write(cached.batch([(s, 0, n) for s, n in enumerate(cached.lengths)]))
     # Two rows of one sequence, as after a preemption: neither sees what comes later.
     batch = cached.batch([(0, 300, 301), (1, 39, 40), (2, 150, 152)])
@@ -107,7 +107,7 @@ def test_fasa_takes_the_best_tokens_of_its_planes(tmp_path: Path, size: int) -> 
 def test_fasa_with_all_planes_is_the_oracle(tmp_path: Path) -> None:
     path, _ = table(tmp_path)
     cached = Cached([120], [20])
-    group = Group(cached, Fasa(table=path, budget=30, planes=DIM // 2))
+    group = Group(cached, Fasa(dense_below=0, table=path, budget=30, planes=DIM // 2))
     group.write(cached.batch([(0, 0, 120)]))
     votes = soft_vote(cached.queries[0][119], cached.keys[0], DIM**-0.5)
     assert group.choose(cached.batch([(0, 119, 120)])) == [[best(v, 30) for v in votes]]
@@ -156,10 +156,10 @@ def test_fasa_refuses_what_is_no_table_of_the_model(tmp_path: Path, content: str
     if content is not None:
         file.write_text(content)
     with pytest.raises(ValueError, match=words):
-        Group(Cached([20], [10]), Fasa(table=str(file)))
+        Group(Cached([20], [10]), Fasa(dense_below=0, table=str(file)))
 
 
-SMALL = TokenSelect(budget=60, sinks=5, local=30, threshold=2.0)
+SMALL = TokenSelect(dense_below=0, budget=60, sinks=5, local=30, threshold=2.0)
 
 
 def middle(cached: Cached, s: int, q: torch.Tensor, seen: int, settings: TokenSelect = SMALL) -> set[int]:
@@ -213,7 +213,7 @@ def test_a_query_votes_on_its_own_kv_head() -> None:
     cached.queries[0][199, 1] = 30 * torch.ones(DIM)
     cached.keys[0][77, 1 // (HEADS // KV_HEADS)] = torch.ones(DIM)
     cached.keys[0][88, 1 % KV_HEADS] = torch.ones(DIM)
-    group = Group(cached, TokenSelect(budget=1, sinks=1, local=1, threshold=2.0))
+    group = Group(cached, TokenSelect(dense_below=0, budget=1, sinks=1, local=1, threshold=2.0))
     group.write(cached.batch([(0, 0, 200)]))
     assert group.choose(cached.batch([(0, 199, 200)])) == [[{0, 77, 199}] * KV_HEADS]
 
@@ -224,7 +224,7 @@ def test_the_selection_cache(size: int) -> None:
     cached.queries[0][301] = cached.queries[0][300] * 1.5  # the same direction
     cached.queries[0][302] = -cached.queries[0][300]
     cached.queries[1][201] = -cached.queries[1][200]
-    always = TokenSelect(budget=60, sinks=5, local=30, threshold=0.999)
+    always = TokenSelect(dense_below=0, budget=60, sinks=5, local=30, threshold=0.999)
     group = Group(cached, always, size)
     group.write(cached.batch([(0, 0, 400), (1, 0, 300)]))
     rows = [group.choose(cached.batch([(0, 300 + i, 301 + i), (1, 200 + i, 201 + i)])) for i in range(3)]
@@ -243,7 +243,7 @@ def test_a_choice_is_nobody_elses() -> None:
     """A new request in the slot, one position further with the same query: nothing is taken over."""
     cached = Cached([300], [40])
     cached.queries[0][201] = cached.queries[0][200]
-    group = Group(cached, TokenSelect(budget=60, sinks=5, local=30, threshold=-1.0))
+    group = Group(cached, TokenSelect(dense_below=0, budget=60, sinks=5, local=30, threshold=-1.0))
     group.write(cached.batch([(0, 0, 300)]))
     group.choose(cached.batch([(0, 200, 201)]))
     assert part_of(group).admit(0, -1) is None
@@ -260,14 +260,20 @@ def test_budgets_are_the_requests_own() -> None:
     got = group.choose(cached.batch([(s, 299, 300) for s in range(3)]))
     local = {*range(270, 300)}
     assert got[0] == [None] * KV_HEADS
-    small = TokenSelect(budget=20, sinks=5, local=30)
+    small = TokenSelect(dense_below=0, budget=20, sinks=5, local=30)
     assert got[1] == [middle(cached, 1, cached.queries[1][299], 300, small) | local] * KV_HEADS
     assert got[2] == [middle(cached, 2, cached.queries[2][299], 300) | local] * KV_HEADS
 
 
 @pytest.mark.parametrize(
     "settings",
-    [Quest(budget=PAGE), TokenSelect(budget=0), TokenSelect(local=0), Fasa(), Fasa(table="x", planes=99)],
+    [
+        Quest(dense_below=0, budget=PAGE),
+        TokenSelect(dense_below=0, budget=0),
+        TokenSelect(dense_below=0, local=0),
+        Fasa(),
+        Fasa(dense_below=0, table="x", planes=99),
+    ],
 )
 def test_wrong_settings_are_refused(settings: object) -> None:
     with pytest.raises(ValueError):

@@ -57,6 +57,8 @@ def calibrate(
     """
     path = resolve(model)
     config = ModelConfig.from_path(path)
+    if config.latents is not None or any(window is not None for window in config.windows):
+        raise ValueError(f"fasa chooses by keys of heads that see all, which {config.architecture} has not")
     if not count + queries <= len(token_ids) <= config.max_model_len:
         raise ValueError(
             f"the text has {len(token_ids)} tokens: calibration wants at least {count + queries}, and the "

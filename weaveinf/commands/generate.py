@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
                 if sample.finish_reason == "abort":
                     raise RuntimeError(f"an answer was aborted: {sample.stop_reason}")
         print(llm.engine.trace.summary(), file=sys.stderr)
+        if (selector := llm.engine.executor.worker.selector) and selector.summary:
+            print(selector.summary, file=sys.stderr)
     tell_trace(llm)
 
 

@@ -123,7 +123,8 @@ def _methods(args: argparse.Namespace, folder: Path, heads: Heads) -> dict[str, 
         "fasa": {"name": "fasa", "table": str(file)},
         "quest": {"name": "quest"},
     }
-    return {title: known[title] for title in known if title.split(",")[0] in args.methods}
+    # Also where a method would not be worth its while: that is what is asked.
+    return {t: known[t] | {"dense_below": 0} for t in known if t.split(",")[0] in args.methods}
 
 
 def _compare(
@@ -154,7 +155,7 @@ def _compare(
 
 def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
     """A chunk at the end of a prompt, read by TokenSelect and whole."""
-    selector = context.make({"name": "tokenselect"})
+    selector = context.make({"name": "tokenselect", "dense_below": 0})
     heads, layer, end = context.heads, _TIMED[0], context.tokens // CHUNK * CHUNK
     batch = context.rows(torch.arange(end - CHUNK, end, dtype=torch.int32), 0, 1)
     batch = replace(batch, num_prompt_tokens=batch.seq_lens)

@@ -10,6 +10,8 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
+import numpy as np
+
 from weaveinf.cache.blocks import BlockAllocator
 from weaveinf.config import PAGE_SIZE
 from weaveinf.engine.detokenizer import TextStream
@@ -76,7 +78,13 @@ class Engine:
 
         def shape(request: Request, end: int) -> bytes:
             budget = selector.budgets.resolved(request.params.selector_budget)
-            return selector.shape(len(request.prompt_token_ids), end, budget)
+            prompt, align = request.prompt_token_ids, selector.row_align
+            found = selector.shape(len(prompt), end, budget)
+            if not found or align == 1:
+                return found
+            # A chunk's rows choose together: tokens behind a page shape it too.
+            chunk = (end - 1) // align * align
+            return found + np.array(prompt[chunk : chunk + align], np.int64).tobytes()
 
         return {"row_align": selector.row_align, "shape": shape, "publishes": selector.publishes}
 

@@ -73,8 +73,8 @@ class SamplingParams:
     top_k 0 or -1 is off. max_tokens None: until the model stops or the context is full.
     logprobs: for each sampled token its own and that many best alternatives' log-probabilities,
     of the model's raw logits. selector_budget: how many cached tokens the engine's selector may choose for
-    this request, 0 for all, None for as many as its settings say. stop strings are cut from the text, stop
-    token ids and the end-of-sequence token stay in `token_ids`.
+    this request (of LazyLLM: how many percent of a prompt go on), 0 for all, None for as many as its settings
+    say. stop strings are cut from the text, stop token ids and the end-of-sequence token stay in `token_ids`.
     """
 
     temperature: float = 1.0

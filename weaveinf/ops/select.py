@@ -31,7 +31,7 @@ def votes_reference(
     rows, heads, _ = q.shape
     page_size, kv_heads, dim = keys.shape[1:]
     if channels is not None:
-        q = q.gather(2, channels.long().repeat_interleave(heads // kv_heads, 0).expand(rows, -1, -1))
+        q = _picked(q, channels.repeat_interleave(heads // kv_heads, 0))
     elif q.shape[2] != dim:
         q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     out = torch.full((rows, kv_heads, width), torch.inf, device=q.device)
@@ -44,6 +44,12 @@ def votes_reference(
             scores = scores.masked_fill(scores.isnan(), -torch.inf)
             out[r, :, first:end] = (scores.softmax(-1).nan_to_num(0.0) if soft else scores).sum(1)
     return out
+
+
+def _picked(x: Tensor, channels: Tensor) -> Tensor:
+    """Channels [heads, n] of x [rows, heads, D]; zeros for -1."""
+    at = channels.long().expand(len(x), -1, -1)
+    return x.gather(2, at.clamp(min=0)).masked_fill(at < 0, 0)
 
 
 def votes(
@@ -64,9 +70,9 @@ def votes(
     an infinite vote. keys: [num_pages, page_size, Hkv, K], of which table[r] (int32 [rows, max_blocks]) lists
     row r's pages. Query head h is of KV head h // (Hq // Hkv). A score that is NaN counts as -inf.
 
-    K is D; or channels (int32 [Hkv, K]) says which of a query's elements meet the keys'; or it is 2 D, and a
-    query meets them as max(q, 0) and then min(q, 0), as bounds want it. soft: else the sum is of the
-    products.
+    K is D; or channels (int32 [Hkv, K]) says which of a query's elements meet the keys' (-1: none); or it is
+    2 D, and a query meets them as max(q, 0) and then min(q, 0), as bounds want it. soft: else the sum is of
+    the products.
     """
     dim = keys.shape[3]
     if q.is_cuda or native.lib is None or q.dtype not in native.DTYPES or dim % 16 or dim > _MOST_CHANNELS:
@@ -215,13 +221,12 @@ def write_bounds(keys: Tensor, bounds: Tensor, pages: Tensor, counts: Tensor) ->
 
 
 def write_channels(keys: Tensor, pool: Tensor, channels: Tensor, slots: Tensor) -> None:
-    """These channels (int32 [Hkv, K]) of keys [rows, Hkv, D] into slots (int32 [rows]; -1: nowhere) of a pool
-    [num_pages, page_size, Hkv, K]."""
+    """These channels (int32 [Hkv, K]; -1: zeros) of keys [rows, Hkv, D] into slots (int32 [rows]; -1:
+    nowhere) of a pool [num_pages, page_size, Hkv, K]."""
     rows, kv_heads, dim = keys.shape
     if keys.is_cuda or native.lib is None or keys.stride()[1:] != (dim, 1):
         real = slots >= 0
-        picked = keys.gather(2, channels.long().expand(rows, -1, -1))
-        pool.flatten(0, 1)[slots[real].long()] = picked[real]
+        pool.flatten(0, 1)[slots[real].long()] = _picked(keys, channels)[real]
         return
     native.lib.weave_planes(
         keys.data_ptr(),

@@ -40,17 +40,20 @@ from weaveinf.selectors.selector import (
 )
 
 POOL = "fasa planes"
+_VECTOR = 16  # channels: what the kernels take at once
 
 
 @dataclass(frozen=True)
 class Fasa:
     """table: the file that `weaveinf calibrate` wrote for this model. budget: cached tokens that an answer's
-    rows read for each KV head; planes: how many of a head's planes score them."""
+    rows read for each KV head; planes: how many of a head's planes score them. dense_below: cached tokens up
+    to which all are read, as choosing costs more than it saves."""
 
     name: ClassVar[str] = "fasa"
     table: str = ""
     budget: int = 256
     planes: int = 16
+    dense_below: int = 2048
 
     def make(self, heads: Heads, page_size: int) -> FasaSelector:
         return FasaSelector(self, heads, page_size)
@@ -88,7 +91,7 @@ def save(path: Path, model: str, ranked: Sequence[Sequence[Sequence[int]]]) -> N
 def load(path: str, heads: Heads, count: int) -> Tensor:
     """The `count` best planes of each layer and KV head of this rank: int64 [layers, Hkv, count].
 
-    ValueError when it is missing, no such table, or another model's.
+    ValueError when it is missing, no such table, or of other sizes than this model's.
     """
     if not path:
         raise ValueError(
@@ -119,8 +122,10 @@ class FasaSelector(Selector):
         self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         planes = load(settings.table, heads, settings.planes)
-        self._channels = torch.cat([planes, planes + half], dim=-1).int()  # [layers, Hkv, 2 planes]
-        shape = (len(heads.kv_heads), 2 * settings.planes)
+        width = -(-2 * settings.planes // _VECTOR) * _VECTOR
+        self._channels = torch.full((*planes.shape[:2], width), -1, dtype=torch.int32)
+        self._channels[..., : 2 * settings.planes] = torch.cat([planes, planes + half], dim=-1)
+        shape = (len(heads.kv_heads), width)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers)]
         self._planes: list[Tensor] = []
         self._memo = Memo()
@@ -131,8 +136,8 @@ class FasaSelector(Selector):
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`."""
-        dense = budget == 0 or end <= max(prompt, budget)
-        return b"" if dense else repr((self._settings, budget)).encode()
+        dense = budget == 0 or end <= max(prompt, budget, self._settings.dense_below)
+        return b"" if dense else repr((self._settings, budget, prompt)).encode()
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`."""
@@ -154,7 +159,7 @@ class FasaSelector(Selector):
 
     def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
         facts = RowFacts.of(batch, self.budgets)
-        sparse = (facts.position >= facts.prompt) & (facts.budget > 0) & (facts.position >= facts.budget)
+        sparse = facts.answers_beyond(self._settings.dense_below)
         found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
         return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
 

@@ -7,6 +7,9 @@ stage chooses anew among all of the prompt's tokens; one that is chosen and was 
 store and is computed along with the row. So a token is computed at most once in each layer, and attention in
 a stage reads the chosen tokens and the answer's only.
 
+The store of a request is held until its state slot is another's, on every rank whole: what stays behind,
+times the hidden size, for each stage. Pages are shared with nobody.
+
 Positions stay what they were. A prompt that does not fit into one step, one whose log-probabilities are
 wanted and one that is computed again after a preemption run whole: the last token must be seen first.
 """
@@ -135,17 +138,17 @@ class LazySelector(Selector):
         self._fresh.add(slot)
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
-        """See `Selector`. What is pruned is never offered; what others computed densely serves here too."""
+        """See `Selector`. Nothing is offered, and so nothing is found."""
         return b""
 
     @property
     def summary(self) -> str:
         """See `Selector`."""
         pruned, whole = self._counts["pruned"], self._counts["whole"]
-        return f"{pruned} prompts pruned, {whole} run whole"
+        return f"lazyllm: {pruned} prompts pruned, {whole} run whole"
 
     def begin(self, batch: Batch, most_rows: int) -> None:
-        """See `Selector`: a prompt is pruned if all of it that is not cached is in this step."""
+        """See `Selector`: a prompt is pruned if all of it is in this step."""
         self._room = most_rows - batch.num_tokens
         starts = batch.cu_seqlens_q.numpy()
         logits = np.searchsorted(batch.logit_rows.numpy(), starts)
@@ -153,22 +156,20 @@ class LazySelector(Selector):
             if slot not in self._fresh:
                 continue
             self._fresh.discard(slot)
-            first, prompt = int(batch.positions[starts[s]]), int(batch.num_prompt_tokens[s])
-            budget = int(self.budgets.of_slot[slot])
-            fits = int(batch.seq_lens[s]) == prompt and logits[s + 1] - logits[s] == 1
+            prompt, budget = int(batch.num_prompt_tokens[s]), int(self.budgets.of_slot[slot])
+            whole = int(batch.positions[starts[s]]) == 0 and int(batch.seq_lens[s]) == prompt
+            fits = whole and logits[s + 1] - logits[s] == 1
             self._counts["pruned" if budget and fits else "whole"] += 1
             if budget and fits:
-                self._requests[slot] = self._request(prompt, first, budget)
+                self._requests[slot] = self._request(prompt, budget)
 
-    def _request(self, prompt: int, cached: int, budget: int) -> _Request:
-        """A prompt of which the first `cached` tokens have keys and values in every layer."""
-        have = np.arange(prompt) < cached
+    def _request(self, prompt: int, budget: int) -> _Request:
         stages = range(len(self._begin) + 1)
         return _Request(
             prompt,
             budget,
             [np.ones(prompt, np.bool_) for _ in stages],
-            [have.copy() for _ in stages],
+            [np.zeros(prompt, np.bool_) for _ in stages],
             [_Store(np.empty(0, np.int64), torch.empty(0)) for _ in stages],
             [None for _ in stages],
         )

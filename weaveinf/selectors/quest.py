@@ -42,11 +42,13 @@ POOL = "quest bounds"
 @dataclass(frozen=True)
 class Quest:
     """budget: cached tokens that an answer's rows read for each KV head, in whole pages; the first
-    `dense_layers` layers read all."""
+    `dense_layers` layers read all. dense_below: cached tokens up to which all are read, as choosing costs
+    more than it saves."""
 
     name: ClassVar[str] = "quest"
     budget: int = 2048
     dense_layers: int = 2
+    dense_below: int = 4096
 
     def make(self, heads: Heads, page_size: int) -> QuestSelector:
         return QuestSelector(self, heads, page_size)
@@ -74,8 +76,8 @@ class QuestSelector(Selector):
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`."""
-        dense = budget == 0 or end <= max(prompt, budget)
-        return b"" if dense else repr((self._settings, budget)).encode()
+        dense = budget == 0 or end <= max(prompt, budget, self._settings.dense_below)
+        return b"" if dense else repr((self._settings, budget, prompt)).encode()
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`. Bounds are made anew of all that a page holds by now, so nothing stays of what was
@@ -103,7 +105,7 @@ class QuestSelector(Selector):
 
     def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
         facts = RowFacts.of(batch, self.budgets)
-        sparse = (facts.position >= facts.prompt) & (facts.budget > 0) & (facts.position >= facts.budget)
+        sparse = facts.answers_beyond(self._settings.dense_below)
         found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
         return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
 

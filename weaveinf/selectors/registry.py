@@ -14,6 +14,7 @@ from weaveinf.selectors.selector import Settings
 from weaveinf.selectors.tokenselect import TokenSelect
 
 _ALL = (TokenSelect, Fasa, Quest, LazyLlm, Hisa)
+_MOST = 1 << 28  # sums of a few fit into int32
 METHODS: dict[str, type[Any]] = {method.name: method for method in _ALL}
 
 
@@ -31,5 +32,7 @@ def settings(wanted: Mapping[str, Any]) -> Settings:
         number = known[key] is float and isinstance(value, int) and not isinstance(value, bool)
         if not number and type(value) is not known[key]:
             raise ValueError(f"{name}: {key}={value!r} must be of type {known[key].__name__}")
+        if isinstance(value, int) and not 0 <= value <= _MOST:
+            raise ValueError(f"{name}: {key}={value} must be from 0 to {_MOST}")
     made: Settings = method(**given)
     return made

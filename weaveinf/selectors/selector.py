@@ -247,6 +247,11 @@ class RowFacts:
         budget = budgets.of_slot[batch.state_slot.numpy()]
         return cls(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], budget[seq])
 
+    def answers_beyond(self, dense_below: int) -> NDArray[np.bool_]:
+        """Rows of answers that have more cached tokens than their budget, and than `dense_below`."""
+        beyond = self.position >= np.maximum(self.budget, dense_below)
+        return beyond & (self.position >= self.prompt) & (self.budget > 0)
+
 
 def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> list[Segment]:
     """The batch cut where rows begin to be served otherwise; `kinds`: of each row."""
@@ -266,6 +271,12 @@ def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> 
         where = (torch.from_numpy(cu), batch.block_table[seqs], batch.positions[rows])
         out.append(Segment(int(kinds[start]), rows, *where, per_row))
     return out
+
+
+def slices(rows: int, floats: int) -> list[slice]:
+    """Rows of `floats` floats each, cut so that a part's take 64 MiB at most; the same on every rank."""
+    step = max(1, (1 << 24) // max(1, floats))
+    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
 class HeadsChoice:
@@ -291,16 +302,21 @@ class HeadsChoice:
     ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
         int32 [rows, Hkv, capacity] and [rows, Hkv]."""
-        votes = select.votes(
-            q, keys, self.rows.table, self._firsts, self._ends, self._width, self._scale, channels, self._soft
-        )
-        if self._heads.replicated:  # the queries of a KV head are on several ranks
-            ballot = votes.new_zeros(len(q), self._heads.num_kv_heads, self._width)
-            own = slice(self._heads.kv_heads.start, self._heads.kv_heads.stop)
-            ballot[:, own] = votes
-            votes = (yield ballot)[:, own].contiguous()
-        index, counts = select.top_k(votes.flatten(0, 1), self._seen, self._wanted, capacity)
-        return index.view(len(q), -1, capacity), counts.view(len(q), -1)
+        kv_heads = len(self._heads.kv_heads)
+        index = torch.empty(len(q), kv_heads, capacity, dtype=torch.int32)
+        counts = torch.empty(len(q), kv_heads, dtype=torch.int32)
+        for rows in slices(len(q), self._heads.num_kv_heads * self._width):
+            where = (self.rows.table[rows], self._firsts[rows], self._ends[rows], self._width)
+            votes = select.votes(q[rows], keys, *where, self._scale, channels, self._soft)
+            if self._heads.replicated:  # the queries of a KV head are on several ranks
+                ballot = votes.new_zeros(len(votes), self._heads.num_kv_heads, self._width)
+                own = slice(self._heads.kv_heads.start, self._heads.kv_heads.stop)
+                ballot[:, own] = votes
+                votes = (yield ballot)[:, own].contiguous()
+            each = slice(rows.start * kv_heads, rows.stop * kv_heads)
+            best = select.top_k(votes.flatten(0, 1), self._seen[each], self._wanted[each], capacity)
+            index[rows], counts[rows] = best[0].view(-1, kv_heads, capacity), best[1].view(-1, kv_heads)
+        return index, counts
 
 
 class Memo:

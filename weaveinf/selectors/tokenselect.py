@@ -35,6 +35,7 @@ from weaveinf.selectors.selector import (
     Selector,
     Tokens,
     segments,
+    slices,
 )
 
 CHUNK = 512
@@ -44,13 +45,15 @@ CHUNK = 512
 @dataclass(frozen=True)
 class TokenSelect:
     """budget, sinks, local: tokens, see above. threshold: the cosine of two queries from which on a choice is
-    kept; above 1 it never is."""
+    kept; above 1 it never is. dense_below: cached tokens up to which all are read, as choosing costs more
+    than it saves."""
 
     name: ClassVar[str] = "tokenselect"
     budget: int = 2048
     sinks: int = 128
     local: int = 512
     threshold: float = 0.9
+    dense_below: int = 8192
 
     def make(self, heads: Heads, page_size: int) -> TokenSelector:
         return TokenSelector(self, heads, page_size)
@@ -88,12 +91,12 @@ class TokenSelector(Selector):
     def summary(self) -> str:
         """See `Selector`."""
         tried = self.hits + self.misses
-        return f"{self.hits / tried:.0%} of {tried} choices kept" if tried else ""
+        return f"tokenselect: {self.hits / tried:.0%} of {tried} choices kept" if tried else ""
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`. A whole chunk of the prompt shapes its pages alike in every prompt that goes on;
         the last one's rows are another mean in another prompt."""
-        if budget == 0 or end <= budget + self._forced:
+        if budget == 0 or end <= max(budget + self._forced, self._settings.dense_below):
             return b""
         behind = -(-end // CHUNK) * CHUNK  # where the page's chunk ends
         until = -1 if behind <= prompt else prompt
@@ -114,7 +117,8 @@ class TokenSelector(Selector):
         asked = np.where(facts.position >= facts.prompt, ANSWER, PROMPT)
         # A chunk's middle ends `local` tokens before it, an answer's row's `local` tokens before its own end.
         seen = np.where(asked == ANSWER, facts.position + 1, facts.position // CHUNK * CHUNK)
-        sparse = (facts.budget > 0) & (seen > facts.budget + self._forced)
+        least = np.maximum(facts.budget + self._forced, self._settings.dense_below)
+        sparse = (facts.budget > 0) & (seen > least)
         of_kind: dict[int, type[_Answers] | type[_Chunks]] = {ANSWER: _Answers, PROMPT: _Chunks}
         return [
             (s, None if s.per_row is None else of_kind[s.kind](s.per_row, self._settings, self._page))
@@ -128,8 +132,11 @@ class TokenSelector(Selector):
         [n]), in order of position: int32 [n, sinks + budget], -1 behind them."""
         s = self._settings
         firsts, ends = torch.full_like(seen, s.sinks), seen - s.local
-        votes = select.votes(q, pool, table, firsts, ends, longest - s.local, 1.0).sum(1)
-        index, _ = select.top_k((yield votes), ends, budget + s.sinks, s.sinks + s.budget)
+        index = torch.empty(len(q), s.sinks + s.budget, dtype=torch.int32)
+        for rows in slices(len(q), self._heads.num_kv_heads * longest):
+            where = (table[rows], firsts[rows], ends[rows], longest - s.local)
+            votes = yield select.votes(q[rows], pool, *where, 1.0).sum(1)
+            index[rows], _ = select.top_k(votes, ends[rows], budget[rows] + s.sinks, index.shape[1])
         return _slots(index, table, self._page)
 
     def _for_answers(

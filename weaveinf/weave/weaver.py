@@ -65,6 +65,7 @@ class Weaver:
         self._most = config.max_num_batched_tokens
         self._tokens = min(model_config.max_model_len, num_pages * PAGE_SIZE)
         self._dtype = model.pool_specs[0].dtype
+        self._slots = config.max_num_seqs
         self._pruner = selector if isinstance(selector, RowPruner) else None
         self._row_align = selector.row_align if selector is not None else 1
         self.seams = [self._seam()]
@@ -215,7 +216,8 @@ class Weaver:
 
     def rehearsal(self, rows: int, context: int, decode: bool = False) -> Batch:
         """Made-up rows for this cache."""
-        return rehearsal(rows, context, self._tokens, self._config.vocab_size, decode)
+        made = rehearsal(rows, context, self._tokens, self._config.vocab_size, decode)
+        return replace(made, state_slot=made.state_slot % self._slots)  # there may be more than ever run
 
     def rehearse(self, rows: int, context: int, cut: int, ctas: tuple[int, int] = (0, 0)) -> Recorder:
         """Runs and records a step of such tokens."""
