@@ -53,7 +53,7 @@ class Fasa:
     table: str = ""
     budget: int = 256
     planes: int = 16
-    dense_below: int = 2048
+    dense_below: int = 3072
 
     def make(self, heads: Heads, page_size: int) -> FasaSelector:
         return FasaSelector(self, heads, page_size)

@@ -48,7 +48,7 @@ class Quest:
     name: ClassVar[str] = "quest"
     budget: int = 2048
     dense_layers: int = 2
-    dense_below: int = 4096
+    dense_below: int = 6144
 
     def make(self, heads: Heads, page_size: int) -> QuestSelector:
         return QuestSelector(self, heads, page_size)
