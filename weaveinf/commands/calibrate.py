@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from weaveinf.engine.tokenizer import load_tokenizer
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import load_model, resolve
 from weaveinf.selectors import fasa
-from weaveinf.selectors.selector import DENSE, Budgets, Choosing, Heads, RowFacts, Selector, segments
+from weaveinf.selectors.selector import Budgets, Choosing, Heads, Selector
 from weaveinf.weave.run import run as run_chain
 
 QUERIES = 64
@@ -83,8 +82,7 @@ class Observer(Selector):
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """See `Selector`."""
         self.queries[layer] = q
-        yield from ()
-        return segments(batch, RowFacts.of(batch, self.budgets), np.full(len(q), DENSE))
+        return super().choose(layer, q, pool, batch)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ vote (`ops.select.votes`), as a set for each would read the whole key after all.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,21 +23,8 @@ from torch import Tensor
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
-from weaveinf.selectors.selector import (
-    ANSWER,
-    DENSE,
-    Budgets,
-    Choosing,
-    Heads,
-    HeadsChoice,
-    Memo,
-    PerRow,
-    RowFacts,
-    Segment,
-    Selector,
-    TokensOfHeads,
-    segments,
-)
+from weaveinf.selectors.by_head import ByHead, HeadsChoice
+from weaveinf.selectors.selector import Budgets, Heads, PerRow, TokensOfHeads
 
 POOL = "fasa planes"
 _VECTOR = 16  # channels: what the kernels take at once
@@ -109,7 +96,7 @@ def load(path: str, heads: Heads, count: int) -> Tensor:
     return torch.from_numpy(ranked[:, heads.kv_heads.start : heads.kv_heads.stop, :count].copy())
 
 
-class FasaSelector(Selector):
+class FasaSelector(ByHead):
     """See `Selector`."""
 
     def __init__(self, settings: Fasa, heads: Heads, page_size: int) -> None:
@@ -119,6 +106,7 @@ class FasaSelector(Selector):
                 f"fasa wants a budget of at least 1 and 1 to {half} planes, got {settings.budget} and "
                 f"{settings.planes}"
             )
+        super().__init__(settings, settings.dense_below, dense_layers=1)
         self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         planes = load(settings.table, heads, settings.planes)
@@ -128,40 +116,22 @@ class FasaSelector(Selector):
         shape = (len(heads.kv_heads), width)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers)]
         self._planes: list[Tensor] = []
-        self._memo = Memo()
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
         self._planes = pools[POOL]
-
-    def shape(self, prompt: int, end: int, budget: int) -> bytes:
-        """See `Selector`."""
-        dense = budget == 0 or end <= max(prompt, budget, self._settings.dense_below)
-        return b"" if dense else repr((self._settings, budget, prompt)).encode()
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`."""
         if layer:
             select.write_channels(keys, self._planes[layer], self._channels[layer], batch.slot_mapping)
 
-    def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
-        """See `Selector`."""
-        found = self._memo.get(batch, self._segments)
-        for segment, heads in found:
-            segment.chosen = None
-            if layer and heads is not None:
-                planes, channels = self._planes[layer], self._channels[layer]
-                budget = self._settings.budget
-                index, counts = yield from heads.choose(q[segment.rows], planes, budget, channels)
-                places = select.places(index, heads.rows.table, self._page)
-                segment.chosen = TokensOfHeads(places, counts)
-        return [segment for segment, _ in found]
-
-    def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
-        facts = RowFacts.of(batch, self.budgets)
-        sparse = facts.answers_beyond(self._settings.dense_below)
-        found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
-        return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
-
-    def _heads_choice(self, rows: PerRow) -> HeadsChoice:
+    def candidates(self, rows: PerRow) -> HeadsChoice:
+        """See `ByHead`."""
         return HeadsChoice(self._heads, rows, rows.position + 1, rows.budget, (0, 0), True)
+
+    def chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
+        """See `ByHead`."""
+        planes, channels = self._planes[layer], self._channels[layer]
+        index, counts = yield from heads.choose(q, planes, self._settings.budget, channels)
+        return TokensOfHeads(select.places(index, heads.rows.table, self._page), counts)

@@ -137,10 +137,6 @@ class LazySelector(Selector):
         self._requests.pop(slot, None)
         self._fresh.add(slot)
 
-    def shape(self, prompt: int, end: int, budget: int) -> bytes:
-        """See `Selector`. Nothing is offered, and so nothing is found."""
-        return b""
-
     @property
     def summary(self) -> str:
         """See `Selector`."""

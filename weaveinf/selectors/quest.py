@@ -20,21 +20,8 @@ from torch import Tensor
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
-from weaveinf.selectors.selector import (
-    ANSWER,
-    DENSE,
-    Budgets,
-    Choosing,
-    Heads,
-    HeadsChoice,
-    Memo,
-    PerRow,
-    RowFacts,
-    Segment,
-    Selector,
-    TokensOfHeads,
-    segments,
-)
+from weaveinf.selectors.by_head import ByHead, HeadsChoice
+from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, TokensOfHeads
 
 POOL = "quest bounds"
 
@@ -54,7 +41,7 @@ class Quest:
         return QuestSelector(self, heads, page_size)
 
 
-class QuestSelector(Selector):
+class QuestSelector(ByHead):
     """See `Selector`."""
 
     def __init__(self, settings: Quest, heads: Heads, page_size: int) -> None:
@@ -63,21 +50,17 @@ class QuestSelector(Selector):
                 f"quest reads its first page and the last: budget={settings.budget} must be at least "
                 f"{2 * page_size}"
             )
+        super().__init__(settings, settings.dense_below, settings.dense_layers)
         self.budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
         self._settings, self._heads, self._page = settings, heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]
         self._bounds: list[Tensor] = []
-        self._memo, self._touched = Memo(), Memo()
+        self._touched = Memo()
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
         self._bounds = pools[POOL]
-
-    def shape(self, prompt: int, end: int, budget: int) -> bytes:
-        """See `Selector`."""
-        dense = budget == 0 or end <= max(prompt, budget, self._settings.dense_below)
-        return b"" if dense else repr((self._settings, budget, prompt)).encode()
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`. Bounds are made anew of all that a page holds by now, so nothing stays of what was
@@ -94,26 +77,13 @@ class QuestSelector(Selector):
         ends = slots[last]
         return torch.from_numpy(ends // self._page).long(), torch.from_numpy(ends % self._page + 1).long()
 
-    def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
-        """See `Selector`."""
-        found = self._memo.get(batch, self._segments)
-        for segment, heads in found:
-            segment.chosen = None
-            if heads is not None and layer >= self._settings.dense_layers:
-                segment.chosen = yield from self._chosen(layer, q[segment.rows], heads)
-        return [segment for segment, _ in found]
-
-    def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
-        facts = RowFacts.of(batch, self.budgets)
-        sparse = facts.answers_beyond(self._settings.dense_below)
-        found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
-        return [(s, None if s.per_row is None else self._heads_choice(s.per_row)) for s in found]
-
-    def _heads_choice(self, rows: PerRow) -> HeadsChoice:
+    def candidates(self, rows: PerRow) -> HeadsChoice:
+        """See `ByHead`."""
         pages = rows.position // self._page + 1
         return HeadsChoice(self._heads, rows, pages, rows.budget // self._page, (1, 1), False)
 
-    def _chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
+    def chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
+        """See `ByHead`."""
         page, rows = self._page, heads.rows
         bounds = self._bounds[layer].unsqueeze(1)
         index, counts = yield from heads.choose(q, bounds, self._settings.budget // page)

@@ -148,7 +148,7 @@ class Settings(Protocol):
 
 
 class Selector:
-    """One rank's part of a method (DESIGN section 2).
+    """One rank's part of a method (DESIGN section 2); what is not said otherwise reads all.
 
     Attributes:
         row_align: prompts may be cut at multiples of this only (`cache.blocks.legal_cut`).
@@ -174,7 +174,7 @@ class Selector:
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """What else than the tokens shaped the page that ends at position `end` (exclusive), of a request of
         such a prompt and budget; b"" where it was computed dense."""
-        raise NotImplementedError
+        return b""
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """The batch's keys [rows, Hkv, D] have just been written to the cached ones, `pool`."""
@@ -182,7 +182,8 @@ class Selector:
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
         """Segments of all rows of q [rows, Hq, D], with what each may read of the cache; yields what it votes
         on."""
-        raise NotImplementedError
+        yield from ()
+        return segments(batch, RowFacts.of(batch, self.budgets), np.full(batch.num_tokens, DENSE))
 
     @property
     def summary(self) -> str:
@@ -277,46 +278,6 @@ def slices(rows: int, floats: int) -> list[slice]:
     """Rows of `floats` floats each, cut so that a part's take 64 MiB at most; the same on every rank."""
     step = max(1, (1 << 24) // max(1, floats))
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
-
-
-class HeadsChoice:
-    """What the KV heads of an answer's rows choose, each for itself, by the votes of their queries, `soft`
-    ones or sums (`ops.select.votes`): what all layers ask of a segment.
-
-    seen: how many candidates each row has, `forced` of them at the beginning and the end chosen in any case;
-    wanted: how many each is to choose (int32 [rows]).
-    """
-
-    def __init__(
-        self, heads: Heads, rows: PerRow, seen: Tensor, wanted: Tensor, forced: tuple[int, int], soft: bool
-    ) -> None:
-        self.rows = rows
-        self._heads = heads
-        self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
-        self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
-        self._width = int(seen.max())
-        self._scale, self._soft = heads.head_dim**-0.5, soft
-
-    def choose(
-        self, q: Tensor, keys: Tensor, capacity: int, channels: Tensor | None = None
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
-        int32 [rows, Hkv, capacity] and [rows, Hkv]."""
-        kv_heads = len(self._heads.kv_heads)
-        index = torch.empty(len(q), kv_heads, capacity, dtype=torch.int32)
-        counts = torch.empty(len(q), kv_heads, dtype=torch.int32)
-        for rows in slices(len(q), self._heads.num_kv_heads * self._width):
-            where = (self.rows.table[rows], self._firsts[rows], self._ends[rows], self._width)
-            votes = select.votes(q[rows], keys, *where, self._scale, channels, self._soft)
-            if self._heads.replicated:  # the queries of a KV head are on several ranks
-                ballot = votes.new_zeros(len(votes), self._heads.num_kv_heads, self._width)
-                own = slice(self._heads.kv_heads.start, self._heads.kv_heads.stop)
-                ballot[:, own] = votes
-                votes = (yield ballot)[:, own].contiguous()
-            each = slice(rows.start * kv_heads, rows.stop * kv_heads)
-            best = select.top_k(votes.flatten(0, 1), self._seen[each], self._wanted[each], capacity)
-            index[rows], counts[rows] = best[0].view(-1, kv_heads, capacity), best[1].view(-1, kv_heads)
-        return index, counts
 
 
 class Memo:

@@ -1,0 +1,105 @@
+"""Methods whose KV heads choose tokens of their own for an answer's rows: what FASA and Quest have in
+common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weaveinf.cache.batch import Batch
+from weaveinf.ops import select
+from weaveinf.selectors.selector import (
+    ANSWER,
+    DENSE,
+    Choosing,
+    Heads,
+    Memo,
+    PerRow,
+    RowFacts,
+    Segment,
+    Selector,
+    TokensOfHeads,
+    segments,
+    slices,
+)
+
+
+class HeadsChoice:
+    """What the KV heads of an answer's rows choose, each for itself, by the votes of their queries, `soft`
+    ones or sums (`ops.select.votes`): what all layers ask of a segment.
+
+    seen: how many candidates each row has, `forced` of them at the beginning and the end chosen in any case;
+    wanted: how many each is to choose (int32 [rows]).
+    """
+
+    def __init__(
+        self, heads: Heads, rows: PerRow, seen: Tensor, wanted: Tensor, forced: tuple[int, int], soft: bool
+    ) -> None:
+        self.rows = rows
+        self._heads = heads
+        self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
+        self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
+        self._width = int(seen.max())
+        self._scale, self._soft = heads.head_dim**-0.5, soft
+
+    def choose(
+        self, q: Tensor, keys: Tensor, capacity: int, channels: Tensor | None = None
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
+        int32 [rows, Hkv, capacity] and [rows, Hkv]."""
+        kv_heads = len(self._heads.kv_heads)
+        index = torch.empty(len(q), kv_heads, capacity, dtype=torch.int32)
+        counts = torch.empty(len(q), kv_heads, dtype=torch.int32)
+        for rows in slices(len(q), self._heads.num_kv_heads * self._width):
+            where = (self.rows.table[rows], self._firsts[rows], self._ends[rows], self._width)
+            votes = select.votes(q[rows], keys, *where, self._scale, channels, self._soft)
+            if self._heads.replicated:  # the queries of a KV head are on several ranks
+                ballot = votes.new_zeros(len(votes), self._heads.num_kv_heads, self._width)
+                own = slice(self._heads.kv_heads.start, self._heads.kv_heads.stop)
+                ballot[:, own] = votes
+                votes = (yield ballot)[:, own].contiguous()
+            each = slice(rows.start * kv_heads, rows.stop * kv_heads)
+            best = select.top_k(votes.flatten(0, 1), self._seen[each], self._wanted[each], capacity)
+            index[rows], counts[rows] = best[0].view(-1, kv_heads, capacity), best[1].view(-1, kv_heads)
+        return index, counts
+
+
+class ByHead(Selector, ABC):
+    """See above; of a method with `settings`, whose first `dense_layers` layers read all. Its `candidates`
+    and `chosen` say how it chooses."""
+
+    def __init__(self, settings: object, dense_below: int, dense_layers: int) -> None:
+        self._said, self._dense_below, self._dense_layers = repr(settings), dense_below, dense_layers
+        self._memo = Memo()
+
+    def shape(self, prompt: int, end: int, budget: int) -> bytes:
+        """See `Selector`."""
+        dense = budget == 0 or end <= max(prompt, budget, self._dense_below)
+        return b"" if dense else f"{self._said} {budget} {prompt}".encode()
+
+    def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
+        """See `Selector`."""
+        found: list[tuple[Segment, HeadsChoice | None]] = self._memo.get(batch, self._segments)
+        for segment, heads in found:
+            segment.chosen = None
+            if heads is not None and layer >= self._dense_layers:
+                segment.chosen = yield from self.chosen(layer, q[segment.rows], heads)
+        return [segment for segment, _ in found]
+
+    def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
+        facts = RowFacts.of(batch, self.budgets)
+        sparse = facts.answers_beyond(self._dense_below)
+        found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        return [(s, None if s.per_row is None else self.candidates(s.per_row)) for s in found]
+
+    @abstractmethod
+    def candidates(self, rows: PerRow) -> HeadsChoice:
+        """Of what these rows choose."""
+
+    @abstractmethod
+    def chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
+        """What rows q [rows, Hq, D] choose of them."""
