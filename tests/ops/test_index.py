@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from tests.selectors.oracle import chosen
 from weaveinf.ops import index
 from weaveinf.ops.index import IndexKeys
@@ -13,6 +14,42 @@ from weaveinf.ops.index import IndexKeys
 PAGE, DIM, HEADS, TOP_K = 4, 16, 5, 7
 LENGTHS = ((30, 30), (9, 1), (7, 7), (41, 3))
 """Of each sequence: its tokens, and how many of them are rows."""
+
+
+@needs_kernels
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, index.FP8])
+@pytest.mark.parametrize(("heads", "dim", "page"), [(1, 16, 1), (5, 80, 3), (32, 64, 16), (64, 128, 64)])
+def test_scores(
+    monkeypatch: pytest.MonkeyPatch, build: str, dtype: torch.dtype, heads: int, dim: int, page: int
+) -> None:
+    """Against float64; rows of many lengths in scrambled pages, NaN wherever none is."""
+    use(monkeypatch, build)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.manual_seed(6)
+    ends = torch.tensor([0, 1, 700, 33, 2600], dtype=torch.int32)
+    pages = -(-2600 // page)
+    table = torch.randperm(len(ends) * pages).int().view(len(ends), pages)
+    pool = poisoned(table.numel() + 1, page, dim, dtype=torch.float32)
+    for r, end in enumerate(ends.tolist()):
+        at = torch.arange(end)
+        pool.view(-1, dim)[table[r, at // page].long() * page + at % page] = torch.randn(end, dim)
+    q = torch.randn(len(ends), heads + 2, dim)[:, 1:-1]
+    weights = torch.randn(len(ends), heads)
+    keys = IndexKeys(*index.quantize(pool)) if dtype == index.FP8 else IndexKeys(pool.to(dtype))
+    q = q if dtype == index.FP8 else q.to(dtype)
+    got = index.scores(q, weights, keys, table, ends, 2603)
+    for r, end in enumerate(ends.tolist()):
+        at = torch.arange(end)
+        own = keys.at(table[r, at // page] * page + at % page).double()
+        want = weights[r].double() @ (q[r].double() @ own.t()).relu()
+        close(got[r, :end], want, 16, float(want.abs().max()) if end else 1.0)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    q, weights = torch.full((1, 2, 16), torch.nan), torch.ones(1, 2)
+    where = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    assert index.scores(q, weights, IndexKeys(torch.randn(1, 4, 16)), *where, 3).isnan().all()
 
 
 class Case:
@@ -41,8 +78,11 @@ class Case:
         self.weights = random(len(self.positions), HEADS)
 
     def got(self) -> tuple[Tensor, Tensor]:
-        where = self.table, self.starts, self.positions
-        return index.choose(self.q, self.weights, self.keys, *where, TOP_K)
+        """Twice as much room as there are pages, so that nothing ends where it may."""
+        seq = torch.repeat_interleave(torch.arange(len(LENGTHS)), self.starts.diff().long())
+        ends = self.positions + 1
+        width = 2 * int(ends.max())
+        return index.choose(self.q, self.weights, self.keys, self.table[seq], ends, width, TOP_K)
 
     def want(self) -> list[list[int]]:
         found = []
@@ -93,12 +133,13 @@ def test_the_hadamard_rotation_keeps_products() -> None:
 
 
 def test_candidates_of_a_row_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_FLOATS", 300)
+    monkeypatch.setattr(index, "_FLOATS", 30)
     torch.manual_seed(5)
     case, rows, n = Case(), 11, 13
     slots = torch.cat(case.slots)[torch.randint(0, 80, (rows, n))].int()
     ends = torch.randint(1, n + 1, (rows,), dtype=torch.int32)
-    got, counts = index.choose_among(case.q[:rows], case.weights[:rows], case.keys, slots, ends, TOP_K)
+    mine = case.q[:rows], case.weights[:rows], case.keys.single
+    got, counts = index.choose(*mine, slots, ends, n, TOP_K)
     for r in range(rows):
         own = case.keys.at(slots[r, : ends[r]])
         want = chosen(case.q[r], case.weights[r], own, TOP_K)

@@ -82,7 +82,10 @@ class Cached:
         found = [s for s in segments(batch, facts, staged) if s.kind == STAGED]
         for segment in found:
             rows = segment.rows
-            got, counts = self.selector.choose_among_blocks(0, q[rows], weights[rows], self.keys, segment)
+            assert segment.per_row is not None
+            got, counts = self.selector.choose_among_blocks(
+                0, q[rows], weights[rows], self.keys, segment.per_row
+            )
             for i, r in enumerate(range(rows.start, rows.stop)):
                 end = int(batch.positions[r]) + 1
                 own = self.written[sequences[facts.seq[r]]][:end]
@@ -114,7 +117,7 @@ def test_a_recycled_page_has_no_memory() -> None:
 
 def test_as_many_blocks_as_there_are_choose_as_the_indexer_alone() -> None:
     torch.manual_seed(4)
-    settings = Hisa(16, 9)
+    settings = Hisa(16, 10)
     cached = Cached(settings)
     batch = cached.write((0, 144))  # as many as the blocks hold: no row looks at blocks first
     assert cached.check(batch, [0], settings) == 0
@@ -125,8 +128,10 @@ def test_as_many_blocks_as_there_are_choose_as_the_indexer_alone() -> None:
     facts.budget[:] = 160
     (segment,) = segments(batch, facts, np.array([STAGED]))
     q, weights = torch.randn(1, INDEX_HEADS, DIM), torch.randn(1, INDEX_HEADS)
-    got = cached.selector.choose_among_blocks(0, q, weights, cached.keys, segment)
-    where = batch.block_table, batch.cu_seqlens_q, batch.positions
+    rows = segment.per_row
+    assert rows is not None
+    got = cached.selector.choose_among_blocks(0, q, weights, cached.keys, rows)
+    where = batch.block_table, batch.positions + 1, rows.longest
     want = index.choose(q, weights, cached.keys, *where, TOP_K)
     assert all(map(torch.equal, got, want))
 

@@ -100,15 +100,14 @@ class Indexer:
         for segment in found:
             if segment.per_row is None:
                 continue
-            mine = q[segment.rows], weights[segment.rows], self.keys
+            rows, mine = segment.per_row, (q[segment.rows], weights[segment.rows], self.keys)
             if segment.kind == STAGED:
                 assert self.selector is not None
-                chosen, counts = self.selector.choose_among_blocks(self.layer, *mine, segment)
+                chosen, counts = self.selector.choose_among_blocks(self.layer, *mine, rows)
             else:
-                where = segment.block_table, segment.cu_seqlens, segment.positions
-                chosen, counts = index.choose(*mine, *where, self.config.top_k)
-            table, page_size = segment.per_row.table, self.keys.page_size
-            slots = select.places(chosen.unsqueeze(1), table, page_size).squeeze(1)
+                ends = rows.position + 1
+                chosen, counts = index.choose(*mine, rows.table, ends, rows.longest, self.config.top_k)
+            slots = select.places(chosen.unsqueeze(1), rows.table, self.keys.page_size).squeeze(1)
             starts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
             segment.chosen = Tokens(slots, starts, counts - 1)
         return found

@@ -7,19 +7,17 @@ Keys have one head. They are cached as they are, or as eight-bit floats with a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weaveinf.ops import select
+from weaveinf.ops import native, select
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 _FLOATS = 1 << 24
-"""What is held at a time of scores by head, or of gathered keys."""
+"""Scores that are held at a time."""
 
 
 class IndexKeys(NamedTuple):
@@ -38,11 +36,11 @@ class IndexKeys(NamedTuple):
         keys = self.values.flatten(0, 1)[slots].float()
         return keys if self.scales is None else keys * self.scales.flatten()[slots].unsqueeze(-1)
 
-    def of(self, pages: Tensor, count: int) -> Tensor:
-        """Float32 [count, D]: the first keys of these pages."""
-        pages = pages[: -(-count // self.page_size)].long()
-        keys = self.values[pages].flatten(0, 1)[:count].float()
-        return keys if self.scales is None else keys * self.scales[pages].flatten()[:count].unsqueeze(-1)
+    @property
+    def single(self) -> IndexKeys:
+        """The same in pages of one token."""
+        values = self.values.view(-1, 1, self.values.shape[2])
+        return IndexKeys(values, None if self.scales is None else self.scales.view(-1, 1))
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,63 +62,60 @@ def hadamard(x: Tensor) -> Tensor:
     return f.reshape(x.shape) * dim**-0.5
 
 
-def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """I above, float32 [rows, T]: q [rows, H, D], weights float32 [rows, H]; keys float32 [T, D], which all
-    rows share, or [rows, T, D]."""
-    rows, heads, dim = q.shape
-    if keys.dim() == 2:
-        by_head = (q.float().reshape(rows * heads, dim) @ keys.t()).view(rows, heads, -1)
-    else:
-        by_head = torch.bmm(q.float(), keys.transpose(1, 2))
-    return torch.bmm(weights.unsqueeze(1), by_head.relu_()).squeeze(1)
+def scores_reference(
+    q: Tensor, weights: Tensor, keys: IndexKeys, table: Tensor, ends: Tensor, width: int
+) -> Tensor:
+    """See `scores`."""
+    out = torch.full((len(q), width), torch.nan, device=q.device)
+    at = torch.arange(width, device=q.device)
+    for r, end in enumerate(ends.tolist()):
+        own = at[:end]
+        slots = table[r, own // keys.page_size].long() * keys.page_size + own % keys.page_size
+        out[r, :end] = weights[r] @ (q[r].float() @ keys.at(slots).t()).relu_()
+    return out
 
 
-def row_scores(
-    q: Tensor, weights: Tensor, keys: IndexKeys, block_table: Tensor, cu_seqlens_q: Tensor, positions: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, `index_scores` of them over the cached keys up to the last one's position), a part of a sequence
-    at a time; the arguments as in `paged_attention`. A row's scores behind its own position mean nothing."""
-    heads = q.shape[1]
-    for s, (start, end) in enumerate(pairwise(cu_seqlens_q.tolist())):
-        if start == end:
-            continue
-        count = int(positions[end - 1]) + 1
-        cached = keys.of(block_table[s], count)
-        step = max(1, _FLOATS // (heads * count))
-        for at in range(start, end, step):
-            rows = slice(at, min(at + step, end))
-            yield rows, index_scores(q[rows], weights[rows], cached)
+def scores(q: Tensor, weights: Tensor, keys: IndexKeys, table: Tensor, ends: Tensor, width: int) -> Tensor:
+    """I above, float32 [rows, width]: q [rows, H, D], weights float32 [rows, H], of the keys at the first
+    ends[r] (int32 [rows], at most width) positions of pages table[r] (int32 [rows, max_blocks]); anything
+    behind them. Queries are of the keys' dtype, or float32 where these have scales."""
+    dtypes = (q.dtype, keys.values.dtype)
+    known = dtypes in ((q.dtype, q.dtype), (torch.float32, FP8)) and q.dtype in native.DTYPES
+    if q.is_cuda or native.lib is None or not known or q.shape[2] % 16:
+        return scores_reference(q, weights, keys, table, ends, width)
+    out = torch.empty(len(q), width)
+    native.lib.weave_index(
+        q.data_ptr(),
+        keys.values.data_ptr(),
+        out.data_ptr(),
+        weights.data_ptr(),
+        0 if keys.scales is None else keys.scales.data_ptr(),
+        table.data_ptr(),
+        ends.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        table.stride(0),
+        q.shape[0],
+        q.shape[1],
+        q.shape[2],
+        keys.page_size,
+        width,
+        native.DTYPES[q.dtype],
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def choose(
-    q: Tensor,
-    weights: Tensor,
-    keys: IndexKeys,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    positions: Tensor,
-    top_k: int,
+    q: Tensor, weights: Tensor, keys: IndexKeys, table: Tensor, ends: Tensor, width: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """The positions up to its own that score best for each row, as `select.top_k` gives them: int32 [rows,
-    top_k], int32 [rows]."""
+    """The positions that score best for each row, as `select.top_k` gives them: int32 [rows, top_k], int32
+    [rows]; the other arguments are those of `scores`."""
     index = torch.empty(len(q), top_k, dtype=torch.int32, device=q.device)
     counts = torch.empty(len(q), dtype=torch.int32, device=q.device)
-    for rows, scores in row_scores(q, weights, keys, block_table, cu_seqlens_q, positions):
-        ends = positions[rows] + 1
-        index[rows], counts[rows] = select.top_k(scores, ends, torch.full_like(ends, top_k), top_k)
-    return index, counts
-
-
-def choose_among(
-    q: Tensor, weights: Tensor, keys: IndexKeys, slots: Tensor, ends: Tensor, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """The same among candidates of each row's own, at `slots` (int32 [rows, n], of which the first ends[row]
-    count): which of the n."""
-    index = torch.empty(len(q), top_k, dtype=torch.int32, device=q.device)
-    counts = torch.empty(len(q), dtype=torch.int32, device=q.device)
-    step = max(1, _FLOATS // (slots.shape[1] * max(q.shape[1:])))
+    wanted = torch.full_like(ends, top_k)
+    step = max(1, _FLOATS // width)
     for rows in [slice(at, at + step) for at in range(0, len(q), step)]:
-        scores = index_scores(q[rows], weights[rows], keys.at(slots[rows]))
-        wanted = torch.full_like(ends[rows], top_k)
-        index[rows], counts[rows] = select.top_k(scores, ends[rows], wanted, top_k)
+        found = scores(q[rows], weights[rows], keys, table[rows], ends[rows], width)
+        index[rows], counts[rows] = select.top_k(found, ends[rows], wanted[rows], top_k)
     return index, counts

@@ -51,6 +51,7 @@ _LAYOUTS = {
     "weave_silu_mul": "PnP5n",
     "weave_attention": "7P13nd",
     "weave_votes": "7P13nd",
+    "weave_index": "7P10n",
     "weave_top_k": "5P4n",
     "weave_places": "3P7n",
     "weave_bounds": "4P6n",

@@ -24,7 +24,7 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
-from weaveinf.selectors.selector import Budgets, Heads, Memo, Segment, Selector
+from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, Selector, slices
 
 POOL = "hisa means"
 MOST = 1 << 30
@@ -113,34 +113,34 @@ class HisaSelector(Selector):
         return np.where((budget > 0) & (position >= budget), STAGED, FLAT)
 
     def choose_among_blocks(
-        self, layer: int, q: Tensor, weights: Tensor, keys: IndexKeys, segment: Segment
+        self, layer: int, q: Tensor, weights: Tensor, keys: IndexKeys, rows: PerRow
     ) -> tuple[Tensor, Tensor]:
-        """As `ops.index.choose`, for a segment's rows, all of which have more tokens than their blocks hold:
-        q [rows, H, D], weights float32 [rows, H] of these rows."""
-        assert segment.per_row is not None
-        rows, block = segment.per_row, self._settings.block
-        blocks, counts = self._best_blocks(layer, q, weights, segment)
+        """As `ops.index.choose`, for rows that have more tokens than their blocks hold: q [rows, H, D],
+        weights float32 [rows, H]."""
+        block = self._settings.block
+        blocks, counts = self._best_blocks(layer, q, weights, rows)
         offsets = torch.arange(block, dtype=torch.int32, device=q.device)
         tokens = (blocks.unsqueeze(-1) * block + offsets).flatten(1)
         tokens = torch.minimum(tokens, rows.position.unsqueeze(-1))  # none behind the row has a page
         ends = (counts - 1) * block + rows.position % block + 1
         slots = select.places(tokens.unsqueeze(1), rows.table, self._page).squeeze(1)
-        found, counts = index.choose_among(q, weights, keys, slots, ends, self._top_k)
+        found, counts = index.choose(q, weights, keys.single, slots, ends, slots.shape[1], self._top_k)
         chosen = tokens.gather(1, found.clamp(min=0).long())
         return chosen.masked_fill(found < 0, -1), counts
 
-    def _best_blocks(self, layer: int, q: Tensor, weights: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+    def _best_blocks(self, layer: int, q: Tensor, weights: Tensor, rows: PerRow) -> tuple[Tensor, Tensor]:
         """Each row's blocks, ascending, -1 behind them, and how many they are; the last is its own."""
-        assert segment.per_row is not None
         block = self._settings.block
-        own, wanted = segment.positions // block, segment.per_row.budget // block
-        table = segment.block_table[:, block // self._page - 1 :: block // self._page]
-        means = IndexKeys(self._means[layer].unsqueeze(1))
-        best = torch.empty(len(q), int(wanted.max()), dtype=torch.int32, device=q.device)
-        counts = torch.empty_like(wanted)
-        for rows, scores in index.row_scores(q, weights, means, table, segment.cu_seqlens, own - 1):
-            scores = torch.nn.functional.pad(scores, (0, 1))
+        own = rows.position // block
+        table = rows.table[:, block // self._page - 1 :: block // self._page].contiguous()
+        means, width = self._means[layer].unsqueeze(1), (rows.longest - 1) // block + 1
+        capacity = self._settings.blocks
+        best = torch.empty(len(q), capacity, dtype=torch.int32, device=q.device)
+        counts = torch.empty_like(own)
+        for some in slices(len(q), width):
+            scores = index.scores(q[some], weights[some], IndexKeys(means), table[some], own[some], width)
             scores[:, 0] = torch.inf
-            scores.scatter_(1, own[rows, None].long(), torch.inf)
-            best[rows], counts[rows] = select.top_k(scores, own[rows] + 1, wanted[rows], best.shape[1])
+            scores.scatter_(1, own[some, None].long(), torch.inf)
+            wanted = rows.budget[some] // block
+            best[some], counts[some] = select.top_k(scores, own[some] + 1, wanted, capacity)
         return best, counts
