@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         kinds, "selectors", "a layer's decode attention over long contexts, chosen beside dense"
     )
     add = chosen.add_argument
-    add("--methods", nargs="+", default=["tokenselect", "fasa", "quest"], help="(all)")
+    add("--methods", nargs="+", default=["tokenselect", "fasa", "quest", "hisa"], help="(all)")
     add("--tokens", type=int, nargs="+", default=[32768, 131072], help="cached (32768 131072)")
     add("--batch", type=int, default=1, help="sequences (1)")
     add("--heads", type=int, default=16, help="query heads (16)")

@@ -25,9 +25,12 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.commands.report import Machine, write_json
 from weaveinf.config import PAGE_SIZE
+from weaveinf.ops import index, select
 from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.index import IndexKeys
+from weaveinf.selectors.hisa import POOL, Hisa
 from weaveinf.selectors.registry import settings
-from weaveinf.selectors.selector import Heads, Selector
+from weaveinf.selectors.selector import Heads, Index, PerRow, Selector
 from weaveinf.selectors.tokenselect import CHUNK
 
 _LAYERS = 10  # the last ones are timed: the methods' own first layers are dense
@@ -106,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
             rows += _compare(context, methods, args.turns, machine)
             if "tokenselect" in args.methods:
                 rows += _prompt(context, max(1, args.turns // 5))
+            if "hisa" in args.methods:
+                rows += _index(context, args.turns)
     about = {"batch": args.batch, "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim}
     about |= {"machine_gb_per_s": machine.gb_per_s, "threads": torch.get_num_threads(), "rows": rows}
     print(_table(about))
@@ -130,27 +135,25 @@ def _methods(args: argparse.Namespace, folder: Path, heads: Heads) -> dict[str, 
 def _compare(
     context: Context, methods: dict[str, dict[str, Any]], turns: int, machine: Machine
 ) -> list[dict[str, Any]]:
-    """Medians over turns in which all methods take theirs."""
     calls = {"dense": _dense(context)} | {title: _chosen(context, m) for title, m in methods.items()}
+    rows = _rows(context.tokens, calls, turns)
+    heads = context.heads
+    gigabytes = 2 * context.batch * context.tokens * heads.num_kv_heads * heads.head_dim * 2 / 1e9
+    rows[0]["share_of_bandwidth"] = gigabytes / rows[0]["ms"] * 1e3 / machine.gb_per_s
+    return rows
+
+
+def _rows(tokens: int, calls: dict[str, Callable[[], float]], turns: int) -> list[dict[str, Any]]:
+    """Medians over turns in which all methods take theirs, the first one unseen; beside the first method."""
     times: dict[str, list[float]] = {title: [] for title in calls}
     for turn in range(turns + 1):
         for title, call in calls.items():
-            ms = call()
+            took = call()
             if turn:
-                times[title].append(ms)
-    dense = median(times["dense"])
-    heads = context.heads
-    gigabytes = 2 * context.batch * context.tokens * heads.num_kv_heads * heads.head_dim * 2 / 1e9
-    return [
-        {
-            "tokens": context.tokens,
-            "method": title,
-            "ms": median(values),
-            "times_dense": dense / median(values),
-            "dense_share_of_bandwidth": gigabytes / dense * 1e3 / machine.gb_per_s,
-        }
-        for title, values in times.items()
-    ]
+                times[title].append(took)
+    ms = {title: median(values) for title, values in times.items()}
+    first = next(iter(ms.values()))
+    return [{"tokens": tokens, "method": t, "ms": ms[t], "times_dense": first / ms[t]} for t in ms]
 
 
 def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
@@ -163,26 +166,52 @@ def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
     keys, values = (context.pools[name][layer] for name in ("key", "value"))
     out, scale = torch.empty_like(q), heads.head_dim**-0.5
     where = (batch.block_table, batch.cu_seqlens_q, batch.positions)
-    calls: dict[str, Callable[[], Any]] = {
-        "dense": lambda: paged_attention(q, keys, values, *where, scale, out=out),
-        "tokenselect": lambda: _step(selector, layer, q, (keys, values), replace(batch), out),
-    }
-    times: dict[str, list[float]] = {title: [] for title in calls}
-    for _ in range(turns):
-        for title, call in calls.items():
-            began = time.perf_counter()
-            call()
-            times[title].append((time.perf_counter() - began) * 1e3)
-    dense = median(times["dense"])
-    return [
-        {
-            "tokens": context.tokens,
-            "method": f"{title}, {CHUNK} of a prompt",
-            "ms": median(values),
-            "times_dense": dense / median(values),
-        }
-        for title, values in times.items()
-    ]
+
+    def dense() -> None:
+        paged_attention(q, keys, values, *where, scale, out=out)
+
+    def chosen() -> None:
+        _step(selector, layer, q, (keys, values), replace(batch), out)
+
+    of = f"{CHUNK} of a prompt"
+    calls = {f"dense, {of}": _ms(dense), f"tokenselect, {of}": _ms(chosen)}
+    return _rows(context.tokens, calls, turns)
+
+
+def _index(context: Context, turns: int) -> list[dict[str, Any]]:
+    """What an answer's row costs the indexer of DeepSeek-V3.2 in a layer: flat, and in HISA's two stages."""
+    top_k, heads, dim, dtype = 2048, 64, 128, context.heads.dtype
+    wanted, num_pages = Hisa(), context.pools.num_pages
+    selector = wanted.make(replace(context.heads, index=Index(top_k, dim, 1)), PAGE_SIZE)
+    pool = torch.randn(num_pages, PAGE_SIZE, dim).to(dtype)
+    pools = Pools(selector.pools, num_pages, PAGE_SIZE, context.heads.device, True)
+    pools[POOL][0].copy_(pool.float().mean(1))  # as if of whole blocks: as much to read
+    selector.bind(pools)
+    q, weights = torch.randn(1, heads, dim).to(dtype), torch.randn(1, heads)
+    keys, own = IndexKeys(pool), torch.tensor([context.tokens - 1], dtype=torch.int32)
+    slot, budget = torch.zeros(1, dtype=torch.int64), torch.tensor([wanted.budget], dtype=torch.int32)
+    rows = PerRow(own, budget, context.table[:1], slot, context.tokens)
+
+    def flat() -> None:
+        found = index.choose(q, weights, keys, rows.table, own + 1, rows.longest, top_k)
+        select.places(found[0].unsqueeze(1), rows.table, PAGE_SIZE)
+
+    def hisa() -> None:
+        found = selector.choose_among_blocks(0, q, weights, keys, rows)
+        select.places(found[0].unsqueeze(1), rows.table, PAGE_SIZE)
+
+    return _rows(context.tokens, {"index, flat": _ms(flat), "index, hisa": _ms(hisa)}, turns)
+
+
+def _ms(call: Callable[[], None]) -> Callable[[], float]:
+    """The same, which says how long it took."""
+
+    def timed() -> float:
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * 1e3
+
+    return timed
 
 
 def _queries(context: Context) -> Tensor:
@@ -245,7 +274,7 @@ def _table(about: dict[str, Any]) -> str:
     ]
     for row in about["rows"]:
         text = "{tokens:7d} tokens  {method:29s} {ms:8.3f} ms  {times_dense:6.2f}x".format(**row)
-        if row["method"] == "dense":
-            text += f"  ({row['dense_share_of_bandwidth']:.0%} of the memory's rate)"
+        if "share_of_bandwidth" in row:
+            text += f"  ({row['share_of_bandwidth']:.0%} of the memory's rate)"
         lines.append(text)
     return "\n".join(lines)
