@@ -22,7 +22,7 @@ from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.engine.sampler import Sampler
 from weaveinf.engine.step import Step, StepOutput
 from weaveinf.models.config import ModelConfig
-from weaveinf.models.loader import load_model, resolve
+from weaveinf.models.loader import fingerprint, load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
 from weaveinf.selectors.hisa import Hisa
@@ -132,6 +132,8 @@ class Worker:
             dtype=self.dtype,
             device=self.ranks.device,
             index=index,
+            rank=self.ranks.rank,
+            fingerprint="" if model.latents else fingerprint(self.path, model, config.load_format),
         )
         return chosen.make(heads, PAGE_SIZE)
 

@@ -8,7 +8,7 @@ prompt's rule holds, from there on the answer's, also when the row is computed a
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -44,6 +44,8 @@ class Heads:
     Attributes:
         kv_heads: the KV heads of the whole model that this rank holds; the same one on several ranks where
             these are more.
+        rank: which of the ranks this one is.
+        fingerprint: of the model (`models.loader.fingerprint`).
     """
 
     num_layers: int
@@ -56,6 +58,15 @@ class Heads:
     dtype: torch.dtype
     device: torch.device
     index: Index | None = None
+    rank: int = 0
+    fingerprint: str = ""
+
+    @property
+    def apart(self) -> Heads:
+        """The same as if each query head had a KV head of its own."""
+        each = self.num_heads // self.ranks
+        own = range(self.rank * each, (self.rank + 1) * each)
+        return replace(self, num_kv_heads=self.num_heads, kv_heads=own)
 
     @property
     def replicated(self) -> bool:
