@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tokenselect": {"budget": 40, "sinks": 4, "local": 20, "threshold": 2.0},
     "fasa": {"budget": 24, "planes": 6},
     "fasa, query heads": {"budget": 24, "planes": 6, "sets": "query_head"},
+    "fasa, host": {"budget": 24, "planes": 6, "memory": "host"},
     "quest": {"budget": 64},
 }
 
@@ -119,6 +120,10 @@ def test_a_request_gets_the_same_whatever_runs_it(tmp_path: Path, name: str) -> 
     for tokens in (alone["dense"], everything["alone"]):
         assert sum(near_ties(model, *each) for each in zip(prompts(), tokens, strict=True)) <= 1
     want = alone.pop("alone")
+    if "memory" in chosen:
+        near = chosen | {"memory": "device"}
+        found = on_ranks(Ranks.single(torch.device("cpu")), str(tmp_path), near, "off", only_alone)
+        assert found == {"alone": want}
     assert want != alone["dense"], "nothing was ever left out"
     for size, weave in ((1, "off"), (2, "off"), (2, "on"), (4, "off")):
         got = alone if size == 1 else pool(size).run(on_ranks, str(tmp_path), chosen, weave)[0]

@@ -24,9 +24,11 @@ from tests.selectors.harness import (
     soft_vote,
     sums,
 )
+from weaveinf.cache.pools import PoolSpec, bytes_per_page
 from weaveinf.ops import select
-from weaveinf.selectors.fasa import Fasa, Sets, agreement, save
+from weaveinf.selectors.fasa import Fasa, Memory, Sets, agreement, save
 from weaveinf.selectors.quest import Quest
+from weaveinf.selectors.selector import Heads
 from weaveinf.selectors.tokenselect import CHUNK, TokenSelect
 
 SIZES = [1, 2, 4, 8]
@@ -139,6 +141,46 @@ def test_one_query_for_each_kv_head_makes_the_sets_of_fasa_the_same(
         got.append(group.choose(cached.batch([(0, 300, 301)])))
     assert got[0] == got[1]
     assert got[0] != [[None] * KV_HEADS]
+
+
+@pytest.mark.parametrize("sets", get_args(Sets))
+def test_what_rows_read_is_fetched_from_the_host(tmp_path: Path, sets: Sets) -> None:
+    """Whatever is not fetched is NaN: rows that choose, and rows of prompts and of short answers, which read
+    all of their sequences."""
+    path, *_ = table(tmp_path)
+    cached = Cached([301, 40, 200, 70], [290, 20, 100, 70])
+    outs = []
+    for memory in get_args(Memory):
+        settings = Fasa(dense_below=0, table=path, budget=50, planes=5, sets=sets, memory=memory)
+        group = Group(cached, settings)
+        group.write(cached.batch([(s, 0, n) for s, n in enumerate(cached.lengths)]))
+        batch = cached.batch([(0, 299, 301), (3, 60, 70), (1, 39, 40), (2, 199, 200)])
+        torch.manual_seed(4)
+        q, keys = torch.randn(batch.num_tokens, HEADS, DIM), group.pools[0]["key"][2]
+        values, out = torch.randn_like(keys), torch.full_like(q, torch.nan)
+        turn = part_of(group).choose(2, q, keys, batch)
+        with pytest.raises(StopIteration) as end:
+            next(turn)  # one rank has nobody to vote with
+        for segment in end.value.value:
+            segment.attend(q, keys, values, DIM**-0.5, out)
+        outs.append(out)
+    assert not outs[0].isnan().any()
+    assert torch.equal(*outs)
+
+
+def test_on_the_host_keys_and_values_take_little_of_the_device(tmp_path: Path) -> None:
+    """Of a layer that chooses 32 of 256 channels; of 32 layers more than what the paper's formula for FASA-M
+    gives (2 / (0.25 + 0.075 + 0.1), 4.7 times less), with layer 0 and what is fetched."""
+    layers, kv_heads, dim = 32, 8, 128
+    save(tmp_path / "planes.json", "", "", [torch.zeros(32, dim // 2)] * layers, kv_heads)
+    heads = Heads(layers, 32, kv_heads, dim, range(kv_heads), 1, 1, torch.bfloat16, torch.device("cpu"))
+    made = Fasa(table=str(tmp_path / "planes.json"), memory="host").make(heads, PAGE)
+    pool = PoolSpec("key", (kv_heads, dim), torch.bfloat16, layers, host=made.host_layers)
+    device, host = bytes_per_page([pool, pool, *made.pools], PAGE)
+    layer = 2 * pool.bytes_per_page(PAGE)
+    assert host == (layers - 1) * layer
+    assert device == 2 * layer + layers * layer * 32 // 256
+    assert layers * layer / device > 5.3
 
 
 def test_attention_by_query_heads_reads_what_they_chose() -> None:
@@ -340,6 +382,7 @@ def test_budgets_are_the_requests_own() -> None:
         Fasa(),
         Fasa(dense_below=0, table="x", planes=99),
         Fasa(dense_below=0, table="x", sets="head"),  # type: ignore[arg-type]
+        Fasa(dense_below=0, table="x", memory="disk"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_settings_are_refused(settings: object) -> None:

@@ -242,6 +242,13 @@ def write_channels(keys: Tensor, pool: Tensor, channels: Tensor, slots: Tensor) 
     )
 
 
+def fetch(pool: Tensor, rows: Tensor, mirror: Tensor) -> None:
+    """These rows (int32 or int64, of any shape, some perhaps often) of a pool [n, width], in the host's
+    memory, into the same rows of a mirror on the device."""
+    at = rows.flatten().long()
+    mirror.index_copy_(0, at, pool.index_select(0, at))
+
+
 def attend_by_head(
     q: Tensor, keys: Tensor, values: Tensor, places: Tensor, counts: Tensor, scale: float, out: Tensor
 ) -> Tensor:
