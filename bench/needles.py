@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -298,7 +299,7 @@ def plot(file: Path, found: Shares, budgets: Sequence[int]) -> None:
 def report(runs: Sequence[Run], args: argparse.Namespace, seconds: float) -> None:
     stem = args.out / f"needles-{datetime.date.today().isoformat()}"
     machine, found = describe(), shares(runs, args.cases)
-    command = f"python bench/needles.py {' '.join(sys.argv[1:])}".strip()
+    command = f"python bench/needles.py {shlex.join(sys.argv[1:])}".strip()
     whole = {"command": command, "machine": machine, "seconds": round(seconds), "dtype": args.dtype}
     whole |= {"cases": args.cases, "methods": METHODS, "runs": [asdict(one) for one in runs]}
     stem.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")

@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import math
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -186,7 +187,7 @@ def report(found: dict[str, dict[int, float]], args: argparse.Namespace) -> None
     said = "; ".join(f"{name}: {METHODS[name]}" for name in args.methods if METHODS[name])
     lines += [f"Settings beside the budget: {said}.", ""]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
-    command = f"python bench/perplexity.py {' '.join(sys.argv[1:])}".strip()
+    command = f"python bench/perplexity.py {shlex.join(sys.argv[1:])}".strip()
     lines += [f"Command: `{command}`", ""]
     stem.with_suffix(".md").write_text("\n".join(lines))
     whole = {"command": command, "machine": machine, "methods": METHODS, "perplexity": found}
