@@ -29,6 +29,7 @@ from weaveinf.cache.pools import Pools
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.engine.worker import Worker
+from weaveinf.selectors.fasa import save
 from weaveinf.selectors.registry import settings
 from weaveinf.selectors.selector import Heads, Selector
 
@@ -52,8 +53,8 @@ STEPS = 8  # a decode step's position moves on within so many
 
 def model(folder: Path) -> str:
     (folder / "config.json").write_text(json.dumps(SHAPE))
-    planes = [list(range(SHAPE["head_dim"] // 2))] * SHAPE["num_key_value_heads"]
-    (folder / "planes.json").write_text(json.dumps({"planes": [planes] * SHAPE["num_hidden_layers"]}))
+    equal = torch.zeros(SHAPE["num_hidden_layers"], SHAPE["num_attention_heads"], SHAPE["head_dim"] // 2)
+    save(folder / "planes.json", "", "", [*equal], SHAPE["num_key_value_heads"])
     return str(folder)
 
 

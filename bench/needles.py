@@ -14,8 +14,8 @@ methods apply. There are three haystacks of each length, and five tasks:
     store   store      as many pairs as there are keys or room for: at 4096 tokens there is nothing else
 
 All questions about a haystack share its pages, and so do all budgets where the prompt is computed dense. A
-budget counts all tokens that a row reads for each KV head, so TokenSelect chooses fewer by its sinks and its
-local tokens.
+budget counts all tokens that a row reads for each KV head (for each query head where these have sets of their
+own), so TokenSelect chooses fewer by its sinks and its local tokens.
 
 Writes bench/results/needles-DATE.md, .json and, with matplotlib, .png.
 """
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -45,13 +46,14 @@ RESULTS = Path(__file__).parent / "results"
 DENSE = "dense"
 SINKS, LOCAL = 1, 3
 """TokenSelect's: few, so that what it chooses decides even where it may read little."""
-LEAST = {"quest": 2 * PAGE_SIZE, "fasa": 1, "tokenselect": SINKS + LOCAL + 1}
+LEAST = {"quest": 2 * PAGE_SIZE, "fasa": 1, "fasa, query heads": 1, "tokenselect": SINKS + LOCAL + 1}
 """The smallest budget that a method can do with."""
 PLANES = 8
-"""FASA's: a quarter, as in the paper."""
+"""FASA's: a quarter, as in the paper, whose sets are of query heads."""
 METHODS: dict[str, dict[str, Any]] = {
     "quest": {"dense_below": 0},
     "fasa": {"planes": PLANES, "dense_below": 0},
+    "fasa, query heads": {"planes": PLANES, "dense_below": 0, "sets": "query_head"},
     "tokenselect": {"sinks": SINKS, "local": LOCAL, "dense_below": 0},
 }
 TABLE = "fasa.json"
@@ -216,17 +218,20 @@ def calibration_text() -> list[int]:
     return [*found.tokens, *(question.key for question in found.questions)]
 
 
+def named(method: str) -> dict[str, Any]:
+    """A method's settings, but for its budget and its table."""
+    return {"name": method.split(",")[0]} | METHODS[method]
+
+
 def run(args: argparse.Namespace) -> list[Run]:
     if not (args.model / "config.json").exists():
         write(args.model)
     runs = []
     for method in args.methods:
-        settings = {"name": method, "budget": max(args.budgets)} | METHODS[method]
-        if method == "fasa":
-            table = args.model / TABLE
-            if not table.exists():
-                calibrate(str(args.model), calibration_text(), table)
-            settings["table"] = str(table)
+        settings = named(method) | {"budget": max(args.budgets)}
+        if settings["name"] == "fasa":
+            calibrate(str(args.model), calibration_text(), args.model / TABLE)
+            settings["table"] = str(args.model / TABLE)
         with LLM(
             str(args.model),
             dtype=args.dtype,
@@ -275,7 +280,7 @@ def plot(file: Path, found: Shares, budgets: Sequence[int]) -> None:
     grid = figure.subplots(len(lengths), len(tasks), sharex=True, sharey=True, squeeze=False)
     for (i, length), (j, task) in product(enumerate(lengths), enumerate(tasks)):
         axes = grid[i, j]
-        for method, style in zip([DENSE, *METHODS], ["k:", "s-", "o-", "^--"], strict=True):
+        for method, style in zip([DENSE, *METHODS], ["k:", "s-", "o-", "v-.", "^--"], strict=True):
             row = found.get((task, length, method), {})
             if method == DENSE and row:
                 axes.axhline(row[0], color="black", linestyle=":", label=DENSE)
@@ -294,7 +299,7 @@ def plot(file: Path, found: Shares, budgets: Sequence[int]) -> None:
 def report(runs: Sequence[Run], args: argparse.Namespace, seconds: float) -> None:
     stem = args.out / f"needles-{datetime.date.today().isoformat()}"
     machine, found = describe(), shares(runs, args.cases)
-    command = f"python bench/needles.py {' '.join(sys.argv[1:])}".strip()
+    command = f"python bench/needles.py {shlex.join(sys.argv[1:])}".strip()
     whole = {"command": command, "machine": machine, "seconds": round(seconds), "dtype": args.dtype}
     whole |= {"cases": args.cases, "methods": METHODS, "runs": [asdict(one) for one in runs]}
     stem.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -304,8 +309,9 @@ def report(runs: Sequence[Run], args: argparse.Namespace, seconds: float) -> Non
     lines += [
         "Percent of the questions that were answered rightly, by the tokens that an answer's row reads for"
     ]
-    lines += [f"each KV head; bench/needles.py says what the tasks are. {args.cases} questions a cell,"]
-    lines += [f"{args.dtype}.", "", table(found, args.budgets), ""]
+    lines += ["each KV head (of `fasa, query heads`, the paper's variant, for each query head);"]
+    lines += [f"bench/needles.py says what the tasks are. {args.cases} questions a cell, {args.dtype}.", ""]
+    lines += [table(found, args.budgets), ""]
     lines += [f"Settings beside the budget: {settings}. TokenSelect's budgets count its sinks and local"]
     lines += [
         "tokens, and its prompts are sparse too; the others' are dense. Quest reads whole pages, the first"

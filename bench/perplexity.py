@@ -8,8 +8,8 @@ would be, one a step, whatever the model would have said (teacher forcing), and 
 the rows that count are decode rows by the method's own rule, with all that goes along (as TokenSelect's cache
 of choices), over keys and values that the method has written. `prompt_logprobs` would measure prompts.
 
-A budget counts all tokens that a row reads for each KV head, TokenSelect's sinks and local tokens too. Writes
-bench/results/perplexity-DATE.md and .json.
+A budget counts all tokens that a row reads for each KV head (for each query head where these have sets of
+their own), TokenSelect's sinks and local tokens too. Writes bench/results/perplexity-DATE.md and .json.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import math
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,10 +42,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "quest": ALWAYS,
     "quest, all layers": ALWAYS | {"dense_layers": 0},
     "fasa": ALWAYS | {"planes": 4},
+    "fasa, query heads": ALWAYS | {"planes": 4, "sets": "query_head"},
     "tokenselect": ALWAYS | {"sinks": SINKS, "local": LOCAL},
     "tokenselect, no cache": ALWAYS | {"sinks": SINKS, "local": LOCAL, "threshold": 2.0},
 }
-"""FASA's planes are a quarter of a head's, as in the paper. Quest leaves two of four layers dense."""
+"""FASA's planes are a quarter of a head's, as in the paper, whose sets are of query heads. Quest leaves two
+of four layers dense."""
 CHUNK = 512
 """Tokens of a prompt in one step: TokenSelect cuts only where its chunks end."""
 
@@ -179,11 +182,12 @@ def report(found: dict[str, dict[int, float]], args: argparse.Namespace) -> None
     lines += [
         "against all tokens read. Budgets are of all tokens that a row reads for each KV head, TokenSelect's"
     ]
-    lines += ["sinks and local ones too. The model was trained on contexts of 512 tokens. float32.", ""]
+    lines += ["sinks and local ones too; of `fasa, query heads`, the paper's variant, for each query head."]
+    lines += ["The model was trained on contexts of 512 tokens. float32.", ""]
     said = "; ".join(f"{name}: {METHODS[name]}" for name in args.methods if METHODS[name])
     lines += [f"Settings beside the budget: {said}.", ""]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
-    command = f"python bench/perplexity.py {' '.join(sys.argv[1:])}".strip()
+    command = f"python bench/perplexity.py {shlex.join(sys.argv[1:])}".strip()
     lines += [f"Command: `{command}`", ""]
     stem.with_suffix(".md").write_text("\n".join(lines))
     whole = {"command": command, "machine": machine, "methods": METHODS, "perplexity": found}

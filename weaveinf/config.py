@@ -36,7 +36,7 @@ class EngineConfig:
         seed: what requests without a seed of their own derive theirs from.
         revision: of the hub repository, applied to every file of it.
         load_format: "dummy" makes random weights.
-        kv_cache_gib: GiB of KV cache on each rank; None: by the memory that is free.
+        kv_cache_gib: GiB of KV cache on each rank, of its device; None: by the memory that is free.
         max_num_seqs: requests that run at the same time.
         max_num_batched_tokens: tokens computed in one step.
         trace: file that gets a Chrome trace of the latest steps of all ranks at the end; None: no trace.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,8 @@ def test_pools_are_addressed_by_one_page_table() -> None:
     pools = Pools(specs, num_pages=5, page_size=4, device=torch.device("cpu"))
     assert [tuple(t.shape) for t in pools["key"]] == [(5, 4, 2, 8)] * 3
     assert [tuple(t.shape) for t in pools["bounds"]] == [(5, 2)]
-    assert bytes_per_page(specs, 4) == 3 * 4 * 16 * 2 + 2 * 4
+    assert bytes_per_page(specs, 4) == (3 * 4 * 16 * 2 + 2 * 4, 0)
+    specs[0] = replace(specs[0], host=range(1, 3))
+    assert bytes_per_page(specs, 4) == (4 * 16 * 2 + 2 * 4, 2 * 4 * 16 * 2)
     pools["key"][0].fill_(9)
     assert not pools["key"][1].any() and not pools["bounds"][0].any()

@@ -15,6 +15,8 @@ from tests.ranks import pool
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import EngineConfig
 from weaveinf.engine.request import SamplingParams
+from weaveinf.models.config import ModelConfig
+from weaveinf.models.loader import fingerprint
 from weaveinf.selectors.fasa import save
 
 LENGTH = 10
@@ -23,6 +25,8 @@ SIZES = {"num_hidden_layers": 4, "max_position_embeddings": 1536}
 METHODS: dict[str, dict[str, Any]] = {
     "tokenselect": {"budget": 40, "sinks": 4, "local": 20, "threshold": 2.0},
     "fasa": {"budget": 24, "planes": 6},
+    "fasa, query heads": {"budget": 24, "planes": 6, "sets": "query_head"},
+    "fasa, host": {"budget": 24, "planes": 6, "memory": "host"},
     "quest": {"budget": 64},
 }
 
@@ -34,12 +38,20 @@ def prompts() -> list[list[int]]:
 
 
 def settings(name: str, folder: Path) -> dict[str, Any]:
-    found = {"name": name, "dense_below": 0} | METHODS[name]
-    if name == "fasa":
-        planes = torch.stack([torch.randperm(8) for _ in range(8)]).view(4, 2, 8)
-        save(folder / "planes.json", "a model", planes.tolist())
+    found = {"name": name.split(",")[0], "dense_below": 0} | METHODS[name]
+    if found["name"] == "fasa":
+        known = fingerprint(folder, ModelConfig.from_path(folder))
+        save(folder / "planes.json", "a model", known, [*torch.rand(4, 4, 8)], 2)
         found["table"] = str(folder / "planes.json")
     return found
+
+
+def test_a_table_of_another_model_is_refused_at_the_start(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", **SIZES)
+    selector = settings("fasa", tmp_path)
+    make_checkpoint(tmp_path, "llama", rope_theta=5e5, **SIZES)
+    with pytest.raises(ValueError, match="another model"):
+        on_ranks(Ranks.single(torch.device("cpu")), str(tmp_path), selector, "off")
 
 
 def only_alone(fresh: Any) -> dict[str, list[list[int]]]:
@@ -108,6 +120,10 @@ def test_a_request_gets_the_same_whatever_runs_it(tmp_path: Path, name: str) -> 
     for tokens in (alone["dense"], everything["alone"]):
         assert sum(near_ties(model, *each) for each in zip(prompts(), tokens, strict=True)) <= 1
     want = alone.pop("alone")
+    if "memory" in chosen:
+        near = chosen | {"memory": "device"}
+        found = on_ranks(Ranks.single(torch.device("cpu")), str(tmp_path), near, "off", only_alone)
+        assert found == {"alone": want}
     assert want != alone["dense"], "nothing was ever left out"
     for size, weave in ((1, "off"), (2, "off"), (2, "on"), (4, "off")):
         got = alone if size == 1 else pool(size).run(on_ranks, str(tmp_path), chosen, weave)[0]

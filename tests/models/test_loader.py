@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tests.models.harness import CPU, Lockstep, make_checkpoint
 from weaveinf.models.config import ModelConfig
-from weaveinf.models.loader import load_model, resolve
+from weaveinf.models.loader import fingerprint, load_model, resolve
 from weaveinf.models.weights import Dummy, Piece, columns, rows
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -153,6 +154,18 @@ def test_dtypes_are_converted_while_reading(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     assert (read.dtype, saved.dtype) == (torch.float32, torch.bfloat16)
     assert torch.equal(read, saved.float())
+
+
+def test_a_fingerprint_is_of_a_model_and_not_of_its_files(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "llama")
+    config = ModelConfig.from_path(tmp_path)
+    one = fingerprint(tmp_path, config)
+    model.save_pretrained(tmp_path / "shards", **SHARDED)
+    assert fingerprint(tmp_path / "shards", config.limited_to(64)) == one
+    assert fingerprint(tmp_path, replace(config, rope=replace(config.rope, theta=5e5))) != one
+    assert fingerprint(tmp_path, config, "dummy") != one
+    edited(lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"].mul_(1.01), tmp_path)
+    assert fingerprint(tmp_path, config) != one
 
 
 def test_progress_counts_the_bytes_of_this_rank(tmp_path: Path) -> None:

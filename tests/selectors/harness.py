@@ -15,6 +15,7 @@ from weaveinf.selectors.selector import Heads, Segment, Selector, Settings, Toke
 
 PAGE = 16
 HEADS, KV_HEADS, DIM, LAYERS = 8, 4, 32, 3
+MODEL = "this model's fingerprint"
 CPU = torch.device("cpu")
 
 
@@ -67,6 +68,7 @@ class Group:
 
     def __init__(self, cached: Cached, settings: Settings, size: int = 1) -> None:
         self.cached, self.size = cached, size
+        self._by_query = getattr(settings, "sets", "") == "query_head"
         self.heads, self.parts, self.pools = [], [], []
         self._places: dict[int, dict[int, int]] = {}
         for rank in range(size):
@@ -75,7 +77,8 @@ class Group:
                 if size <= KV_HEADS
                 else range(rank * KV_HEADS // size, rank * KV_HEADS // size + 1)
             )
-            heads = Heads(LAYERS, HEADS, KV_HEADS, DIM, own, size, len(cached.lengths), cached.dtype, CPU)
+            known = (len(cached.lengths), cached.dtype, CPU)
+            heads = Heads(LAYERS, HEADS, KV_HEADS, DIM, own, size, *known, rank=rank, fingerprint=MODEL)
             part = settings.make(heads, PAGE)
             keys = PoolSpec("key", (len(own), DIM), cached.dtype, LAYERS)
             pools = Pools([keys, *part.pools], cached.num_pages, PAGE, CPU)
@@ -105,8 +108,8 @@ class Group:
             part.write(layer, own, pool, batch)
 
     def choose(self, batch: Batch, layer: int = 2) -> list[list[set[int] | None]]:
-        """What each row may read of its sequence (None: all), by KV head; the same for all of them where the
-        method has no sets of heads."""
+        """What each row may read of its sequence (None: all), by KV head, or by query head where these have
+        sets of their own; the same for all of them where the method has no sets of heads."""
         at = zip(_sequences(batch), batch.positions.tolist(), strict=True)
         q = torch.stack([self.cached.queries[s][p] for s, p in at])
         each = HEADS // self.size
@@ -131,29 +134,29 @@ class Group:
         return self._sets(batch, results)
 
     def _sets(self, batch: Batch, results: list[list[Segment]]) -> list[list[set[int] | None]]:
-        by_row: list[list[set[int] | None]] = [[None] * KV_HEADS for _ in range(batch.num_tokens)]
+        count = HEADS if self._by_query else KV_HEADS
+        by_row: list[list[set[int] | None]] = [[None] * count for _ in range(batch.num_tokens)]
         for heads, segments in zip(self.heads, results, strict=True):
             assert [i for seg in segments for i in range(seg.rows.start, seg.rows.stop)] == [
                 *range(batch.num_tokens)
             ]
             for segment in segments:
-                for g, kv in enumerate(heads.kv_heads):
+                for i, head in enumerate((heads.apart if self._by_query else heads).kv_heads):
                     for row in range(segment.rows.start, segment.rows.stop):
-                        found = self._read(batch, segment, row, g)
-                        known = by_row[row][kv]
+                        found = self._read(batch, segment, row, i, len(heads.kv_heads))
+                        known = by_row[row][head]
                         assert known is None or known == found, "ranks that share a KV head differ"
-                        by_row[row][kv] = found
+                        by_row[row][head] = found
         return by_row
 
-    def _read(self, batch: Batch, segment: Segment, row: int, g: int) -> set[int] | None:
+    def _read(self, batch: Batch, segment: Segment, row: int, head: int, kv_heads: int) -> set[int] | None:
         chosen, at = segment.chosen, row - segment.rows.start
         if chosen is None:
             return None
         if isinstance(chosen, TokensOfHeads):
-            heads = chosen.places.shape[1]
-            places = chosen.places[at, g, : int(chosen.counts[at, g])]
-            assert (places % heads == g).all()
-            slots = places // heads
+            places = chosen.places[at, head, : int(chosen.counts[at, head])]
+            assert (places % kv_heads == head * kv_heads // chosen.places.shape[1]).all()
+            slots = places // kv_heads
         else:
             assert isinstance(chosen, Tokens)
             s = int(torch.searchsorted(chosen.cu_seqlens, at, right=True)) - 1

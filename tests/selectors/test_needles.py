@@ -17,6 +17,8 @@ from weaveinf.comm.ranks import Ranks
 from weaveinf.commands.calibrate import calibrate
 from weaveinf.config import EngineConfig
 from weaveinf.engine.request import SamplingParams
+from weaveinf.models.config import ModelConfig
+from weaveinf.models.loader import fingerprint
 from weaveinf.selectors.selector import Heads
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -71,13 +73,13 @@ def on_ranks(ranks: Ranks, model: str, selector: dict[str, Any] | None, asked: S
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("method", [None, "quest", "fasa", "tokenselect"])
+@pytest.mark.parametrize("method", [None, "quest", "fasa", "fasa, query heads", "tokenselect"])
 def test_exact_with_room_for_all(needles: Any, model: Path, method: str | None, size: int) -> None:
     """And with a tenth of it a lone needle is found."""
     settings = None
     if method is not None:
-        settings = {"name": method, "budget": LENGTH} | needles.METHODS[method]
-        if method == "fasa":
+        settings = needles.named(method) | {"budget": LENGTH}
+        if settings["name"] == "fasa":
             settings["table"] = str(model / needles.TABLE)
     wanted = [(kind, LENGTH if method else 0) for kind in needles.HAYSTACKS]
     if method is not None:
@@ -101,7 +103,7 @@ def test_calibration_ranks_the_planes_that_carry_the_match(needles: Any, model: 
     shape = importlib.import_module("retrieval_model")
     text = needles.calibration_text()[-LENGTH:]
     found = calibrate(str(model), text, tmp_path / "table.json")
-    assert [tuple(shares.shape) for shares in found] == [(shape.KV_HEADS, shape.HALF)] * shape.LAYERS
+    assert [tuple(shares.shape) for shares in found] == [(shape.HEADS, shape.HALF)] * shape.LAYERS
     assert all(0 <= float(shares.min()) <= float(shares.max()) <= 1 for shares in found)
     heads = Heads(
         shape.LAYERS,
@@ -113,8 +115,9 @@ def test_calibration_ranks_the_planes_that_carry_the_match(needles: Any, model: 
         1,
         torch.float32,
         torch.device("cpu"),
+        fingerprint=fingerprint(model, ModelConfig.from_path(model)),
     )
-    ranked = fasa.load(str(tmp_path / "table.json"), heads, shape.HALF)
+    ranked = fasa.load(str(tmp_path / "table.json"), heads, "kv_head", shape.HALF)
     slow = shape.HALF - shape.FAST
     assert (
         ranked[shape.MATCHING_LAYER, :, :slow].sort(1).values == torch.arange(shape.FAST, shape.HALF)

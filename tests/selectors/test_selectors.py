@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from tests.selectors import harness
 from tests.selectors.harness import (
     DIM,
     HEADS,
     KV_HEADS,
     LAYERS,
+    MODEL,
     PAGE,
     Cached,
     Group,
@@ -21,19 +24,23 @@ from tests.selectors.harness import (
     soft_vote,
     sums,
 )
-from weaveinf.selectors.fasa import Fasa, agreement, save
+from weaveinf.cache.pools import PoolSpec, bytes_per_page
+from weaveinf.ops import select
+from weaveinf.selectors.fasa import Fasa, Memory, Sets, agreement, save
 from weaveinf.selectors.quest import Quest
+from weaveinf.selectors.selector import Heads
 from weaveinf.selectors.tokenselect import CHUNK, TokenSelect
 
 SIZES = [1, 2, 4, 8]
 
 
-def table(path: Path) -> tuple[str, torch.Tensor]:
+def table(path: Path, model: str = MODEL) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """A table, and the planes in it of layer 2: of KV heads and of query heads."""
     torch.manual_seed(9)
-    planes = torch.stack([torch.randperm(DIM // 2) for _ in range(LAYERS * KV_HEADS)])
-    planes = planes.view(LAYERS, KV_HEADS, -1)
-    save(path / "planes.json", "a model", planes.tolist())
-    return str(path / "planes.json"), planes
+    found = torch.rand(LAYERS, HEADS, DIM // 2)
+    save(path / "planes.json", "a model", model, [*found], KV_HEADS)
+    of_kv = found[2].view(KV_HEADS, HEADS // KV_HEADS, -1).sum(1).argsort(1, descending=True)
+    return str(path / "planes.json"), of_kv, found[2].argsort(1, descending=True)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -87,7 +94,7 @@ def test_a_recycled_page_keeps_nothing() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_fasa_takes_the_best_tokens_of_its_planes(tmp_path: Path, size: int) -> None:
-    path, planes = table(tmp_path)
+    path, planes, _ = table(tmp_path)
     cached = Cached([301, 40, 200], [290, 20, 100])
     group = Group(cached, Fasa(dense_below=0, table=path, budget=50, planes=5), size)
     group.write(cached.batch([(s, 0, n) for s, n in enumerate(cached.lengths)]))
@@ -96,7 +103,7 @@ def test_fasa_takes_the_best_tokens_of_its_planes(tmp_path: Path, size: int) -> 
     got = group.choose(batch)
     assert got[1] == [None] * KV_HEADS
     for row, s, position in ((0, 0, 300), (2, 2, 150), (3, 2, 151)):
-        half = planes[2, :, :5]
+        half = planes[:, :5]
         channels = torch.cat([half, half + DIM // 2], -1)
         keys = cached.keys[s][: position + 1].gather(2, channels.expand(position + 1, -1, -1))
         q = cached.queries[s][position].gather(1, channels.repeat_interleave(HEADS // KV_HEADS, 0))
@@ -104,8 +111,98 @@ def test_fasa_takes_the_best_tokens_of_its_planes(tmp_path: Path, size: int) -> 
         assert got[row] == [best(votes[g], 50) for g in range(KV_HEADS)]
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_fasa_s_query_heads_take_tokens_of_their_own(tmp_path: Path, size: int) -> None:
+    """As the paper has it: the best by each head's own planes, without a vote."""
+    path, _, planes = table(tmp_path)
+    cached = Cached([301, 200], [290, 100])
+    group = Group(cached, Fasa(dense_below=0, table=path, budget=50, planes=5, sets="query_head"), size)
+    group.write(cached.batch([(s, 0, n) for s, n in enumerate(cached.lengths)]))
+    got = group.choose(cached.batch([(0, 300, 301), (1, 150, 152)]))
+    for row, s, position in ((0, 0, 300), (1, 1, 150), (2, 1, 151)):
+        for head in range(HEADS):
+            channels = torch.cat([planes[head, :5], planes[head, :5] + DIM // 2])
+            keys = cached.keys[s][: position + 1, head // (HEADS // KV_HEADS), channels]
+            scores = keys.double() @ cached.queries[s][position, head, channels].double()
+            assert got[row][head] == best(scores, 50)
+
+
+def test_one_query_for_each_kv_head_makes_the_sets_of_fasa_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "HEADS", KV_HEADS)
+    save(tmp_path / "planes.json", "", MODEL, [*torch.rand(LAYERS, KV_HEADS, DIM // 2)], KV_HEADS)
+    cached = Cached([301], [290])
+    got = []
+    for sets in get_args(Sets):
+        settings = Fasa(dense_below=0, table=str(tmp_path / "planes.json"), budget=50, planes=5, sets=sets)
+        group = Group(cached, settings, 2)
+        group.write(cached.batch([(0, 0, 301)]))
+        got.append(group.choose(cached.batch([(0, 300, 301)])))
+    assert got[0] == got[1]
+    assert got[0] != [[None] * KV_HEADS]
+
+
+@pytest.mark.parametrize("sets", get_args(Sets))
+def test_what_rows_read_is_fetched_from_the_host(tmp_path: Path, sets: Sets) -> None:
+    """Whatever is not fetched is NaN: rows that choose, and rows of prompts and of short answers, which read
+    all of their sequences."""
+    path, *_ = table(tmp_path)
+    cached = Cached([301, 40, 200, 70], [290, 20, 100, 70])
+    outs = []
+    for memory in get_args(Memory):
+        settings = Fasa(dense_below=0, table=path, budget=50, planes=5, sets=sets, memory=memory)
+        group = Group(cached, settings)
+        group.write(cached.batch([(s, 0, n) for s, n in enumerate(cached.lengths)]))
+        batch = cached.batch([(0, 299, 301), (3, 60, 70), (1, 39, 40), (2, 199, 200)])
+        torch.manual_seed(4)
+        q, keys = torch.randn(batch.num_tokens, HEADS, DIM), group.pools[0]["key"][2]
+        values, out = torch.randn_like(keys), torch.full_like(q, torch.nan)
+        turn = part_of(group).choose(2, q, keys, batch)
+        with pytest.raises(StopIteration) as end:
+            next(turn)  # one rank has nobody to vote with
+        for segment in end.value.value:
+            segment.attend(q, keys, values, DIM**-0.5, out)
+        outs.append(out)
+    assert not outs[0].isnan().any()
+    assert torch.equal(*outs)
+
+
+def test_on_the_host_keys_and_values_take_little_of_the_device(tmp_path: Path) -> None:
+    """Of a layer that chooses 32 of 256 channels; of 32 layers more than what the paper's formula for FASA-M
+    gives (2 / (0.25 + 0.075 + 0.1), 4.7 times less), with layer 0 and what is fetched."""
+    layers, kv_heads, dim = 32, 8, 128
+    save(tmp_path / "planes.json", "", "", [torch.zeros(32, dim // 2)] * layers, kv_heads)
+    heads = Heads(layers, 32, kv_heads, dim, range(kv_heads), 1, 1, torch.bfloat16, torch.device("cpu"))
+    made = Fasa(table=str(tmp_path / "planes.json"), memory="host").make(heads, PAGE)
+    pool = PoolSpec("key", (kv_heads, dim), torch.bfloat16, layers, host=made.host_layers)
+    device, host = bytes_per_page([pool, pool, *made.pools], PAGE)
+    layer = 2 * pool.bytes_per_page(PAGE)
+    assert host == (layers - 1) * layer
+    assert device == 2 * layer + layers * layer * 32 // 256
+    assert layers * layer / device > 5.3
+
+
+def test_attention_by_query_heads_reads_what_they_chose() -> None:
+    torch.manual_seed(3)
+    rows, n, pages = 3, 21, 7
+    q = torch.randn(rows, HEADS, DIM)
+    keys, values = torch.randn(2, pages, PAGE, KV_HEADS, DIM)
+    kv = torch.arange(HEADS) // (HEADS // KV_HEADS)
+    slots = torch.rand(rows, HEADS, pages * PAGE).argsort(-1)[..., :n]
+    counts = torch.randint(1, n + 1, (rows, HEADS), dtype=torch.int32)
+    out = torch.full_like(q, torch.nan)
+    select.attend_by_head(q, keys, values, (slots * KV_HEADS + kv[:, None]).int(), counts, 0.2, out)
+    for row in range(rows):
+        for head in range(HEADS):
+            at = slots[row, head, : counts[row, head]]
+            k, v = (pool.flatten(0, 1)[at, kv[head]].double() for pool in (keys, values))
+            wanted = (k @ q[row, head].double() * 0.2).softmax(0) @ v
+            torch.testing.assert_close(out[row, head].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_fasa_with_all_planes_is_the_oracle(tmp_path: Path) -> None:
-    path, _ = table(tmp_path)
+    path, *_ = table(tmp_path)
     cached = Cached([120], [20])
     group = Group(cached, Fasa(dense_below=0, table=path, budget=30, planes=DIM // 2))
     group.write(cached.batch([(0, 0, 120)]))
@@ -120,8 +217,8 @@ def test_a_plane_that_carries_the_scores_agrees_most() -> None:
         for channel in (3 + g, 3 + g + DIM // 2):
             k[:, g, channel] += torch.randn(90)
             q[:, g * 2 : g * 2 + 2, channel] += torch.randn(6, 2)
-    found = agreement(q, k, KV_HEADS, 8)
-    assert found.argmax(1).tolist() == [3, 4, 5, 6]
+    found = agreement(q, k, 8)
+    assert found.argmax(1).tolist() == [3, 3, 4, 4, 5, 5, 6, 6]
     assert (found.amax(1) > 0.9).all()
 
 
@@ -149,7 +246,12 @@ def test_scores_of_true_planes_do_not_depend_on_where_a_text_begins() -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "is no table"), ("{", "is no table"), (json.dumps({"planes": [[[0, 1]]]}), "another model")],
+    [
+        (None, "is no table"),
+        ("{", "is no table"),
+        (json.dumps({"planes": [[[0, 1]]]}), "is no table"),
+        (json.dumps({"model": "x", "fingerprint": MODEL, "kv_head": [[[0, 1]]]}), "another model, x"),
+    ],
 )
 def test_fasa_refuses_what_is_no_table_of_the_model(tmp_path: Path, content: str | None, words: str) -> None:
     file = tmp_path / "planes.json"
@@ -157,6 +259,12 @@ def test_fasa_refuses_what_is_no_table_of_the_model(tmp_path: Path, content: str
         file.write_text(content)
     with pytest.raises(ValueError, match=words):
         Group(Cached([20], [10]), Fasa(dense_below=0, table=str(file)))
+
+
+def test_fasa_refuses_the_table_of_another_model_of_these_sizes(tmp_path: Path) -> None:
+    path, *_ = table(tmp_path, "another fingerprint")
+    with pytest.raises(ValueError, match="another model, a model: run weaveinf calibrate"):
+        Group(Cached([20], [10]), Fasa(dense_below=0, table=path))
 
 
 SMALL = TokenSelect(dense_below=0, budget=60, sinks=5, local=30, threshold=2.0)
@@ -273,6 +381,8 @@ def test_budgets_are_the_requests_own() -> None:
         TokenSelect(dense_below=0, local=0),
         Fasa(),
         Fasa(dense_below=0, table="x", planes=99),
+        Fasa(dense_below=0, table="x", sets="head"),  # type: ignore[arg-type]
+        Fasa(dense_below=0, table="x", memory="disk"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_settings_are_refused(settings: object) -> None:

@@ -22,6 +22,7 @@ class PoolSpec:
         name: how the owner finds it again.
         shape: per token (or per page).
         per: whether `shape` is per "token" or per "page".
+        host: the layers whose part lies in the host's memory; that of the others lies on the device.
     """
 
     name: str
@@ -29,10 +30,11 @@ class PoolSpec:
     dtype: torch.dtype
     layers: int
     per: Literal["token", "page"] = "token"
+    host: range = range(0)
 
     def bytes_per_page(self, page_size: int) -> int:
-        tokens = page_size if self.per == "token" else 1
-        return self.layers * tokens * prod(self.shape) * self.dtype.itemsize
+        """Of one layer."""
+        return (page_size if self.per == "token" else 1) * prod(self.shape) * self.dtype.itemsize
 
 
 class Pools:
@@ -57,23 +59,42 @@ class Pools:
         for spec in self.specs:
             per_page = (page_size, *spec.shape) if spec.per == "token" else spec.shape
             self._pools[spec.name] = [
-                _zeros((num_pages, *per_page), spec.dtype, device, scattered) for _ in range(spec.layers)
+                _zeros((num_pages, *per_page), spec.dtype, device, scattered, layer in spec.host)
+                for layer in range(spec.layers)
             ]
 
     def __getitem__(self, name: str) -> list[Tensor]:
         return self._pools[name]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scattered: bool) -> Tensor:
-    if device.type != "cpu":
+def _zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scattered: bool, host: bool
+) -> Tensor:
+    if device.type != "cpu" and not host:
         return torch.zeros(shape, dtype=dtype, device=device)
     nbytes = prod(shape) * dtype.itemsize
     if scattered and nbytes >= large.PAGE:
-        return large.memory(nbytes).view(dtype).view(shape)
-    # calloc: the system gives memory to a page of the cache when it is first written.
-    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
+        memory = large.memory(nbytes)
+    else:  # calloc: the system gives memory to a page of the cache when it is first written
+        memory = torch.from_numpy(np.zeros(nbytes, np.uint8))
+    if device.type != "cpu":
+        memory = torch.as_tensor(_Pinned(memory), device=device)
+    return memory.view(dtype).view(shape)
 
 
-def bytes_per_page(specs: Sequence[PoolSpec], page_size: int) -> int:
-    """Bytes that one page costs this rank over all pools and layers."""
-    return sum(spec.bytes_per_page(page_size) for spec in specs)
+class _Pinned:
+    """The host's memory (uint8 [n]) as a GPU's (CUDA array interface, version 3): kernels read and write it
+    by its own address, over the bus. Never run so far."""
+
+    def __init__(self, memory: Tensor) -> None:
+        # torch's own pinned memory would be rounded up to a power of two.
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        self.memory = memory
+        where = {"data": (memory.data_ptr(), False), "shape": tuple(memory.shape), "typestr": "|u1"}
+        self.__cuda_array_interface__ = where | {"version": 3}
+
+
+def bytes_per_page(specs: Sequence[PoolSpec], page_size: int) -> tuple[int, int]:
+    """Bytes that one page costs this rank over all pools and layers: on the device, and on the host."""
+    host = sum(len(spec.host) * spec.bytes_per_page(page_size) for spec in specs)
+    return sum(spec.layers * spec.bytes_per_page(page_size) for spec in specs) - host, host

@@ -17,7 +17,7 @@ from weaveinf.comm.votes import GlooVotes
 from weaveinf.config import PAGE_SIZE
 from weaveinf.engine.tokenizer import load_tokenizer
 from weaveinf.models.config import ModelConfig
-from weaveinf.models.loader import load_model, resolve
+from weaveinf.models.loader import fingerprint, load_model, resolve
 from weaveinf.selectors import fasa
 from weaveinf.selectors.selector import Budgets, Choosing, Heads, Selector
 from weaveinf.weave.run import run as run_chain
@@ -38,17 +38,17 @@ def run(args: argparse.Namespace) -> None:
     tokens = tokenizer.encode(Path(args.text).read_text()[: 8 * most])[:most]
     found = torch.stack(calibrate(args.model, tokens, Path(args.out)))
     best = found.sort(dim=-1, descending=True).values[1:, :, : max(1, found.shape[-1] // 4)]
-    print(f"{args.out}: ranked {found.shape[-1]} planes of each KV head on {len(tokens)} tokens")
+    print(f"{args.out}: ranked {found.shape[-1]} planes of each head on {len(tokens)} tokens")
     print(f"a plane of the best quarter alone finds {best.mean():.0%} of what the whole head reads most")
 
 
 def calibrate(
     model: str, token_ids: Sequence[int], out: Path, count: int = 256, queries: int = QUERIES
 ) -> list[Tensor]:
-    """Writes the table that `weaveinf.selectors.fasa` reads: each KV head's planes, those first that alone
+    """Writes the table that `weaveinf.selectors.fasa` reads: each head's planes, those first that alone
     find most of the `count` tokens which the whole head finds best, for the last `queries` tokens of a text.
 
-    Returns what was found: `fasa.agreement` of each layer, float32 [KV heads, planes].
+    Returns what was found: `fasa.agreement` of each layer, float32 [heads, planes].
 
     Raises:
         ValueError: when the text is shorter than the queries and what they are to find, or longer than the
@@ -64,11 +64,8 @@ def calibrate(
             f"model takes {config.max_model_len} at most"
         )
     keys, asked = _observe(path, config, token_ids, queries)
-    found = [
-        fasa.agreement(q, k, config.num_kv_heads, count) for q, k in zip(asked.queries, keys, strict=True)
-    ]
-    ranked = [shares.argsort(dim=1, descending=True, stable=True).tolist() for shares in found]
-    fasa.save(out, path.resolve().name, ranked)
+    found = [fasa.agreement(q, k, count) for q, k in zip(asked.queries, keys, strict=True)]
+    fasa.save(out, path.resolve().name, fingerprint(path, config), found, config.num_kv_heads)
     return found
 
 

@@ -9,7 +9,6 @@ layer's keys from one turn to the next.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from weaveinf.config import PAGE_SIZE
 from weaveinf.ops import index, select
 from weaveinf.ops.attention import paged_attention
 from weaveinf.ops.index import IndexKeys
+from weaveinf.selectors.fasa import save
 from weaveinf.selectors.hisa import POOL, Hisa
 from weaveinf.selectors.registry import settings
 from weaveinf.selectors.selector import Heads, Index, PerRow, Selector
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> None:
 def _methods(args: argparse.Namespace, folder: Path, heads: Heads) -> dict[str, dict[str, Any]]:
     """What is timed; FASA's planes are as good as any here."""
     file = folder / "planes.json"
-    planes = list(range(heads.head_dim // 2))
-    file.write_text(json.dumps({"planes": [[planes] * heads.num_kv_heads] * heads.num_layers}))
+    equal = torch.zeros(heads.num_layers, heads.num_heads, heads.head_dim // 2)
+    save(file, "", heads.fingerprint, [*equal], heads.num_kv_heads)
     known: dict[str, dict[str, Any]] = {
         "tokenselect, no hits": {"name": "tokenselect", "threshold": 2.0},
         "tokenselect, all hits": {"name": "tokenselect", "threshold": -1.0},

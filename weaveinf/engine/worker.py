@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.engine.sampler import Sampler
 from weaveinf.engine.step import Step, StepOutput
 from weaveinf.models.config import ModelConfig
-from weaveinf.models.loader import load_model, resolve
+from weaveinf.models.loader import fingerprint, load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
 from weaveinf.selectors.hisa import Hisa
@@ -81,7 +82,10 @@ class Worker:
             )
             self.max_blocks = -(-self.model_config.max_model_len // PAGE_SIZE)
             self.selector = self._selector(config)
-            specs = [*self.model.pool_specs, *(self.selector.pools if self.selector else ())]
+            specs = [*self.model.pool_specs]
+            if self.selector is not None:
+                specs = [replace(spec, host=self.selector.host_layers) for spec in specs]
+                specs += self.selector.pools
             self.num_pages = self._agree_on_pages(specs)
             scattered = self.selector is not None or self.model_config.indexing is not None
             self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device, scattered)
@@ -132,28 +136,32 @@ class Worker:
             dtype=self.dtype,
             device=self.ranks.device,
             index=index,
+            rank=self.ranks.rank,
+            fingerprint="" if model.latents else fingerprint(self.path, model, config.load_format),
         )
         return chosen.make(heads, PAGE_SIZE)
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
         """Pages of the cache: what the rank with the least room can hold, at most what can be used."""
-        per_page = bytes_per_page(specs, PAGE_SIZE)
-        if self.config.kv_cache_gib is not None:
-            room = int(self.config.kv_cache_gib * 2**30)
-        elif self.ranks.device.type == "cuda":
+        device, host = bytes_per_page(specs, PAGE_SIZE)
+        here = next(len(ranks) for ranks in self.ranks.hosts if self.ranks.rank in ranks)
+        room = on_host = int(_free_memory() * FREE_SHARE / here)
+        if self._on_gpu:
             room = int(torch.cuda.mem_get_info(self.ranks.device)[0] * 2 * FREE_SHARE)
         else:
-            here = next(len(host) for host in self.ranks.hosts if self.ranks.rank in host)
-            room = int(_free_memory() * FREE_SHARE / here)
+            device, host = device + host, 0
+        if self.config.kv_cache_gib is not None:
+            room = int(self.config.kv_cache_gib * 2**30)
         useful = self.config.max_num_seqs * self.max_blocks
         mine = torch.zeros(self.ranks.size)
         # Exact in float32, as sums of votes are: a page count is rounded down to 24 bits.
-        mine[self.ranks.rank] = min(room // per_page, useful, 1 << 24)
+        mine[self.ranks.rank] = min(room // device, on_host // host if host else useful, useful, 1 << 24)
         pages = int(self.ranks.votes.sum(mine).min())
         if pages < 1:
             raise ValueError(
-                f"no room for the KV cache: a page of {PAGE_SIZE} tokens takes {per_page / 2**20:.1f} "
-                "MiB a rank; free memory, raise kv_cache_gib or use more ranks"
+                f"no room for the KV cache: a page of {PAGE_SIZE} tokens takes {device / 2**20:.1f} MiB of a "
+                f"rank's device and {host / 2**20:.1f} MiB of its host besides; free memory, raise "
+                "kv_cache_gib or use more ranks"
             )
         return pages
 

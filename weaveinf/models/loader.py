@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.layers import Model, Parts, Scratch, Share
 from weaveinf.models.registry import families
-from weaveinf.models.weights import Checkpoint, Dummy, Progress, Source, Weights
+from weaveinf.models.weights import Checkpoint, Dummy, Progress, Source, Weights, rows
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -62,7 +63,7 @@ def load_model(
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format={load_format!r}, expected 'auto' or 'dummy'")
     config.check_ranks(size)
-    source: Source = Dummy() if load_format == "dummy" else Checkpoint(Path(path))
+    source = _source(path, load_format)
     layer = families()[config.architecture].layer
     share, scratch = Share(config, rank, size), Scratch()
 
@@ -74,3 +75,23 @@ def load_model(
     rotary = config.rope.table(config.max_model_len, device)
     weights = Weights(source, device, dtype, progress=progress, total=survey.total)
     return Model(Parts(config, share, weights, rotary, scratch), layer)
+
+
+def _source(path: str | Path, load_format: str) -> Source:
+    return Dummy() if load_format == "dummy" else Checkpoint(Path(path))
+
+
+def fingerprint(path: str | Path, config: ModelConfig, load_format: str = "auto") -> str:
+    """Tells apart models whose heads look for other things: a hash of heads, rotation and a row of every
+    layer's query and key weights, as the checkpoint at `path` has them. For models without latents."""
+    source, dim = _source(path, load_format), config.head_dim
+    counts = {"q": config.num_heads, "k": config.num_kv_heads}
+    facts = (config.architecture, config.num_layers, counts, config.rope)
+    digest = blake2b(repr(facts).encode(), digest_size=16)
+    row = torch.empty(1, config.hidden_size)
+    for layer in range(config.num_layers):
+        for which, heads in counts.items():
+            name = f"model.layers.{layer}.self_attn.{which}_proj.weight"
+            source.read(rows(name, heads * dim, config.hidden_size, range(1)), row)
+            digest.update(row.numpy().tobytes())
+    return digest.hexdigest()

@@ -242,15 +242,23 @@ def write_channels(keys: Tensor, pool: Tensor, channels: Tensor, slots: Tensor) 
     )
 
 
+def fetch(pool: Tensor, rows: Tensor, mirror: Tensor) -> None:
+    """These rows (int32 or int64, of any shape, some perhaps often) of a pool [n, width], in the host's
+    memory, into the same rows of a mirror on the device."""
+    at = rows.flatten().long()
+    mirror.index_copy_(0, at, pool.index_select(0, at))
+
+
 def attend_by_head(
     q: Tensor, keys: Tensor, values: Tensor, places: Tensor, counts: Tensor, scale: float, out: Tensor
 ) -> Tensor:
-    """Attention of each row's queries of each KV head over tokens of their own, at `places` (int32 [rows,
-    Hkv, n]), of which the first counts[row, head] count (int32 [rows, Hkv], at least 1); out contiguous."""
+    """Attention of each row's queries of each KV head, or of each query, over tokens of their own, at
+    `places` (int32 [rows, Hkv or Hq, n]), of which the first counts[row, head] count (int32 [rows, Hkv or
+    Hq], at least 1); out contiguous."""
     rows, heads, dim = q.shape
-    kv_heads = keys.shape[2]
-    grouped, one = (rows * kv_heads, heads // kv_heads, dim), (-1, 1, 1, dim)
-    starts = torch.arange(rows * kv_heads + 1, dtype=torch.int32, device=q.device)
+    sets = places.shape[1]
+    grouped, one = (rows * sets, heads // sets, dim), (-1, 1, 1, dim)
+    starts = torch.arange(rows * sets + 1, dtype=torch.int32, device=q.device)
     where = (keys.view(one), values.view(one), places.flatten(0, 1), starts, counts.flatten() - 1)
     paged_attention(q.reshape(grouped), *where, scale, out=out.view(grouped))
     return out

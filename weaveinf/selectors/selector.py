@@ -8,7 +8,8 @@ prompt's rule holds, from there on the answer's, also when the row is computed a
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -44,6 +45,8 @@ class Heads:
     Attributes:
         kv_heads: the KV heads of the whole model that this rank holds; the same one on several ranks where
             these are more.
+        rank: which of the ranks this one is.
+        fingerprint: of the model (`models.loader.fingerprint`).
     """
 
     num_layers: int
@@ -56,6 +59,15 @@ class Heads:
     dtype: torch.dtype
     device: torch.device
     index: Index | None = None
+    rank: int = 0
+    fingerprint: str = ""
+
+    @property
+    def apart(self) -> Heads:
+        """The same as if each query head had a KV head of its own."""
+        each = self.num_heads // self.ranks
+        own = range(self.rank * each, (self.rank + 1) * each)
+        return replace(self, num_kv_heads=self.num_heads, kv_heads=own)
 
     @property
     def replicated(self) -> bool:
@@ -84,6 +96,8 @@ class Segment:
         cu_seqlens, block_table, positions: as a batch has them, of these rows.
         per_row: None where all is read.
         chosen: which cached tokens each row may read; None for all.
+        mirror: where what is read of keys and values is brought to first, from the host's memory: pages like
+            theirs, on the device. None: they are there.
     """
 
     kind: int
@@ -93,15 +107,31 @@ class Segment:
     positions: Tensor
     per_row: PerRow | None
     chosen: Chosen | None = None
+    mirror: tuple[Tensor, Tensor] | None = None
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
         """Attention of these rows of q, into these of out."""
         q, out = q[self.rows], out[self.rows]
+        if self.mirror is not None:
+            for pool, mirror in zip((keys, values), self.mirror, strict=True):
+                if isinstance(self.chosen, TokensOfHeads):
+                    select.fetch(pool.flatten(0, 2), self.chosen.places, mirror.flatten(0, 2))
+                else:
+                    select.fetch(pool.flatten(1), self._pages, mirror.flatten(1))
+            keys, values = self.mirror
         if self.chosen is not None:
             self.chosen.attend(q, keys, values, scale, out)
         else:
             where = (self.block_table, self.cu_seqlens, self.positions)
             paged_attention(q, keys, values, *where, scale, out=out)
+
+    @cached_property
+    def _pages(self) -> Tensor:
+        """All pages that are read."""
+        assert self.mirror is not None
+        last = self.positions[self.cu_seqlens[1:].long() - 1]
+        begins = torch.arange(self.block_table.shape[1], device=last.device) * self.mirror[0].shape[1]
+        return self.block_table[begins <= last[:, None]]
 
 
 class Chosen(Protocol):
@@ -154,11 +184,13 @@ class Selector:
         row_align: prompts may be cut at multiples of this only (`cache.blocks.legal_cut`).
         publishes: whether others may take over the pages of requests that it chooses for.
         pools: what it keeps for every token or page.
+        host_layers: whose keys and values are in the host's memory, which it fetches them from (`Segment`).
     """
 
     row_align = 1
     publishes = True
     pools: Sequence[PoolSpec] = ()
+    host_layers = range(0)
     budgets: Budgets
 
     def admit(self, slot: int, budget: int) -> None:
