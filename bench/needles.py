@@ -36,27 +36,52 @@ from typing import Any
 
 import numpy as np
 from machine import describe
-from retrieval_model import DIRECTORY, FILLERS, KEYS, MARK, VALUES, write
+from retrieval_model import DIRECTORY, FILLERS, INDEX_TOP_K, KEYS, MARK, VALUES, write
 
 from weaveinf import LLM, SamplingParams
 from weaveinf.commands.calibrate import QUERIES, calibrate
 from weaveinf.config import PAGE_SIZE
 
 RESULTS = Path(__file__).parent / "results"
-DENSE = "dense"
-SINKS, LOCAL = 1, 3
-"""TokenSelect's: few, so that what it chooses decides even where it may read little."""
-LEAST = {"quest": 2 * PAGE_SIZE, "fasa": 1, "fasa, query heads": 1, "tokenselect": SINKS + LOCAL + 1}
-"""The smallest budget that a method can do with."""
+SINKS, LOCAL, BLOCK = 1, 3, 16
+"""TokenSelect's and HISA's: small, so that what they choose decides even where it may be little."""
 PLANES = 8
 """FASA's: a quarter, as in the paper, whose sets are of query heads."""
-METHODS: dict[str, dict[str, Any]] = {
-    "quest": {"dense_below": 0},
-    "fasa": {"planes": PLANES, "dense_below": 0},
-    "fasa, query heads": {"planes": PLANES, "dense_below": 0, "sets": "query_head"},
-    "tokenselect": {"sinks": SINKS, "local": LOCAL, "dense_below": 0},
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is asked.
+
+    settings: beside its budget. kind: the model. least: the smallest budget it can do with; forced: how much
+    of it is not chosen. dense: whether prompts are computed dense, so that budgets share them. longest: the
+    longest haystack, in tokens. percents: its budgets, where they are not of tokens.
+    """
+
+    settings: dict[str, Any]
+    kind: str = "llama"
+    least: int = 1
+    forced: int = 0
+    dense: bool = True
+    longest: int = 1 << 20
+    percents: tuple[int, ...] = ()
+
+
+METHODS = {
+    "quest": Method({"dense_below": 0}, least=2 * PAGE_SIZE),
+    "fasa": Method({"planes": PLANES, "dense_below": 0}),
+    "fasa, query heads": Method({"planes": PLANES, "dense_below": 0, "sets": "query_head"}),
+    "tokenselect": Method(
+        {"sinks": SINKS, "local": LOCAL, "dense_below": 0},
+        least=SINKS + LOCAL + 1,
+        forced=SINKS + LOCAL,
+        dense=False,
+    ),
+    "hisa": Method({"block": BLOCK}, "indexed", INDEX_TOP_K, dense=False, longest=1 << 16),
+    "lazyllm": Method({}, "deep", dense=False, longest=1 << 14, percents=(2, 5, 10, 30, 50, 70)),
 }
 TABLE = "fasa.json"
+STYLES = ("s-", "o-", "v-.", "^--", "D-", "x:")
 OTHER_KEYS, MANY_VALUES, MAJORITY, MINORITY = 192, 4, 20, 12
 QUESTION, ANSWER = 3, 2
 """Tokens behind a haystack."""
@@ -196,19 +221,18 @@ def ask(llm: LLM, found: Haystack, budget: int) -> tuple[dict[str, int], int]:
     return right, scheduler.num_prefix_queried - scheduler.num_prefix_hit - before
 
 
-def measure(llm: LLM, method: str, kind: str, length: int, args: argparse.Namespace) -> list[Run]:
-    """A method's runs of one haystack. One for answers only reads all first; its pages serve all budgets."""
-    found = make(kind, length, args.cases)
-    forced = SINKS + LOCAL if method == "tokenselect" else 0
-    budgets = [budget for budget in args.budgets if budget >= LEAST[method]]
+def measure(llm: LLM, name: str, kind: str, length: int, args: argparse.Namespace) -> list[Run]:
+    """A method's runs of one haystack; it reads all first, if only for others to share its pages."""
+    found, method = make(kind, length, args.cases), METHODS[name]
+    budgets = [budget for budget in method.percents or args.budgets if budget >= method.least]
+    alike = [other for other in METHODS.values() if other.kind == method.kind and other.dense]
     runs = []
-    for budget in [0] * (method != "tokenselect") + budgets:
+    for budget in [0] * (method.dense or not alike) + budgets:
         began = time.perf_counter()
-        right, computed = ask(llm, found, budget - forced if budget else 0)
+        right, computed = ask(llm, found, budget - method.forced if budget else 0)
         seconds = time.perf_counter() - began
-        name = method if budget else DENSE
         runs.append(Run(kind, length, name, budget, right, round(seconds, 2), computed))
-        print(f"{kind} {length} {method} {budget}: {right}, {seconds:.1f} s", flush=True)
+        print(f"{kind} {length} {name} {budget}: {right}, {seconds:.1f} s", flush=True)
     return runs
 
 
@@ -218,30 +242,40 @@ def calibration_text() -> list[int]:
     return [*found.tokens, *(question.key for question in found.questions)]
 
 
-def named(method: str) -> dict[str, Any]:
-    """A method's settings, but for its budget and its table."""
-    return {"name": method.split(",")[0]} | METHODS[method]
+def settings(name: str, budgets: Sequence[int], path: Path) -> dict[str, Any]:
+    """What a method's engine is told."""
+    method = METHODS[name]
+    found = {"name": name.split(",")[0]} | method.settings
+    if found["name"] == "hisa":
+        return found | {"blocks": max(budgets) // BLOCK}
+    if found["name"] == "fasa":
+        calibrate(str(path), calibration_text(), path / TABLE)
+        found["table"] = str(path / TABLE)
+    return found | {"budget": max(method.percents or budgets)}
 
 
 def run(args: argparse.Namespace) -> list[Run]:
-    if not (args.model / "config.json").exists():
-        write(args.model)
     runs = []
-    for method in args.methods:
-        settings = named(method) | {"budget": max(args.budgets)}
-        if settings["name"] == "fasa":
-            calibrate(str(args.model), calibration_text(), args.model / TABLE)
-            settings["table"] = str(args.model / TABLE)
+    for name in args.methods:
+        method = METHODS[name]
+        path = args.model if method.kind == "llama" else args.model / method.kind
+        if not (path / "config.json").exists():
+            write(path, kind=method.kind)
+        lengths = [length for length in args.lengths if length <= method.longest]
+        if not lengths:
+            continue
         with LLM(
-            str(args.model),
+            str(path),
             dtype=args.dtype,
-            selector=settings,
-            max_model_len=max(args.lengths),
+            selector=settings(name, args.budgets, path),
+            max_model_len=max(lengths),
             max_num_seqs=32,
+            # LazyLLM prunes a prompt that is one step's.
+            **({"max_num_batched_tokens": max(lengths)} if method.percents else {}),
             show_progress=False,
         ) as llm:
-            for length, kind in product(args.lengths, args.haystacks):
-                runs += measure(llm, method, kind, length, args)
+            for length, kind in product(lengths, args.haystacks):
+                runs += measure(llm, name, kind, length, args)
     return runs
 
 
@@ -249,12 +283,11 @@ Shares = dict[tuple[str, int, str], dict[int, float]]
 
 
 def shares(runs: Sequence[Run], cases: int) -> Shares:
-    """Percent of right answers by task, length and method, of each budget; the worse of two dense engines."""
+    """Percent of right answers by task, length and method, of each budget (0: all)."""
     found: Shares = {}
     for one in runs:
         for task, right in one.right.items():
-            row = found.setdefault((task, one.length, one.method), {})
-            row[one.budget] = min(100 * right / cases, row.get(one.budget, 100.0))
+            found.setdefault((task, one.length, one.method), {})[one.budget] = 100 * right / cases
     return dict(sorted(found.items(), key=lambda item: (TASKS.index(item[0][0]), *item[0][1:])))
 
 
@@ -262,8 +295,9 @@ def table(found: Shares, budgets: Sequence[int]) -> str:
     lines = ["| task | tokens | method | all | " + " | ".join(map(str, budgets)) + " |"]
     lines.append("| --- |" + " --- |" * (len(budgets) + 3))
     for (task, length, method), row in found.items():
-        cells = [f"{row[budget]:.0f}" if budget in row else "" for budget in [0, *budgets]]
-        lines.append(f"| {task} | {length} | {method} | " + " | ".join(cells) + " |")
+        if any(budget in row for budget in budgets):
+            cells = [f"{row[budget]:.0f}" if budget in row else "" for budget in [0, *budgets]]
+            lines.append(f"| {task} | {length} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -280,12 +314,13 @@ def plot(file: Path, found: Shares, budgets: Sequence[int]) -> None:
     grid = figure.subplots(len(lengths), len(tasks), sharex=True, sharey=True, squeeze=False)
     for (i, length), (j, task) in product(enumerate(lengths), enumerate(tasks)):
         axes = grid[i, j]
-        for method, style in zip([DENSE, *METHODS], ["k:", "s-", "o-", "v-.", "^--"], strict=True):
-            row = found.get((task, length, method), {})
-            if method == DENSE and row:
-                axes.axhline(row[0], color="black", linestyle=":", label=DENSE)
-            elif row:
-                axes.plot(list(row), list(row.values()), style, label=method, markersize=4)
+        for (name, method), style in zip(METHODS.items(), STYLES, strict=True):
+            row = found.get((task, length, name), {})
+            read = [budget for budget in row if budget]
+            # Of what a stage of LazyLLM reads, so much goes on to the next: three times.
+            at = [length * (b / 100) ** 3 for b in read] if method.percents else read
+            if read:
+                axes.plot(at, [row[b] for b in read], style, label=name, markersize=4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
         axes.set_ylim(-5, 105)
@@ -301,34 +336,44 @@ def report(runs: Sequence[Run], args: argparse.Namespace, seconds: float) -> Non
     machine, found = describe(), shares(runs, args.cases)
     command = f"python bench/needles.py {shlex.join(sys.argv[1:])}".strip()
     whole = {"command": command, "machine": machine, "seconds": round(seconds), "dtype": args.dtype}
-    whole |= {"cases": args.cases, "methods": METHODS, "runs": [asdict(one) for one in runs]}
+    whole |= {
+        "cases": args.cases,
+        "methods": {n: asdict(m) for n, m in METHODS.items()},
+        "runs": [asdict(one) for one in runs],
+    }
     stem.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
     plot(stem.with_suffix(".png"), found, args.budgets)
-    settings = "; ".join(f"{name}: {values}" for name, values in METHODS.items() if values)
-    lines = ["# Lookups in long contexts: accuracy against the tokens read", ""]
-    lines += [
-        "Percent of the questions that were answered rightly, by the tokens that an answer's row reads for"
+    named = {name: method for name, method in METHODS.items() if name in args.methods}
+    told = "; ".join(f"{name}: {method.settings}" for name, method in named.items() if method.settings)
+    percents = sorted({percent for method in named.values() for percent in method.percents})
+    lazy = {key: row for key, row in found.items() if METHODS[key[2]].percents}
+    others = {key: row for key, row in found.items() if key not in lazy}
+    parts = [
+        f"""# Lookups in long contexts: accuracy against the tokens read
+
+Percent of the questions that were answered rightly, by the tokens that an answer's row reads for each KV head
+(of `fasa, query heads`, the paper's variant, for each query head; of `hisa`, the tokens of the blocks that it
+looks into); bench/needles.py says what the tasks are. {args.cases} questions a cell, {args.dtype}.""",
+        table(others, args.budgets),
     ]
-    lines += ["each KV head (of `fasa, query heads`, the paper's variant, for each query head);"]
-    lines += [f"bench/needles.py says what the tasks are. {args.cases} questions a cell, {args.dtype}.", ""]
-    lines += [table(found, args.budgets), ""]
-    lines += [f"Settings beside the budget: {settings}. TokenSelect's budgets count its sinks and local"]
-    lines += [
-        "tokens, and its prompts are sparse too; the others' are dense. Quest reads whole pages, the first"
+    if lazy:
+        parts += [
+            "LazyLLM, by the percent of the tokens that go on from each of its three stages to the next:",
+            table(lazy, percents),
+        ]
+    parts += [
+        f"""Settings beside the budget: {told}. TokenSelect's budgets count its sinks and local tokens; its
+prompts and HISA's are sparse too, the others' are dense. Quest reads whole pages, the first and the last
+among them. HISA and LazyLLM serve relatives of the model (bench/retrieval_model.py): `all` of HISA is the
+indexer alone, which reads {INDEX_TOP_K} tokens. The models are made for it: a match stands out from all else
+in its head, so that whoever ranks single tokens well finds it with few. What a trained model loses,
+bench/perplexity.py shows on a small one.""",
+        f"In all {seconds / 60:.0f} minutes. Machine: {'; '.join(f'{k}: {v}' for k, v in machine.items())}",
+        f"Command: `{command}`",
     ]
-    lines += [
-        "and the last among them. The model is made for it: a match stands out from all else in its head,"
-    ]
-    lines += [
-        "so that whoever ranks single tokens well finds it with few. What a trained model loses, bench/"
-    ]
-    lines += ["perplexity.py shows on a small one.", ""]
-    lines += [
-        f"In all {seconds / 60:.0f} minutes. Machine: {'; '.join(f'{k}: {v}' for k, v in machine.items())}"
-    ]
-    lines += ["", f"Command: `{command}`", ""]
-    stem.with_suffix(".md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    text = "\n\n".join(parts) + "\n"
+    stem.with_suffix(".md").write_text(text)
+    print(text)
 
 
 def main() -> None:

@@ -36,16 +36,19 @@ def needles() -> Any:
 
 @pytest.fixture(scope="module")
 def model(needles: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint in float32, with FASA's table beside it."""
+    """The checkpoints in float32, with FASA's table beside the first."""
     path: Path = tmp_path_factory.mktemp("retrieval")
     needles.write(path, torch.float32)
+    for kind in ("deep", "indexed"):
+        needles.write(path / kind, torch.float32, kind)
     calibrate(str(path), needles.calibration_text()[-LENGTH:], path / needles.TABLE)
     return path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exact_in_transformers(needles: Any, model: Path, dtype: torch.dtype) -> None:
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+@pytest.mark.parametrize("which", ["", "deep", "indexed"])
+def test_exact_in_transformers(needles: Any, model: Path, which: str, dtype: torch.dtype) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model / which, dtype=dtype).eval()
     for kind in needles.HAYSTACKS:
         haystack = needles.make(kind, LENGTH, 1)
         prompts, _ = needles.requests(haystack, 0)
@@ -73,20 +76,24 @@ def on_ranks(ranks: Ranks, model: str, selector: dict[str, Any] | None, asked: S
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("method", [None, "quest", "fasa", "fasa, query heads", "tokenselect"])
+@pytest.mark.parametrize(
+    "method", [None, "quest", "fasa", "fasa, query heads", "tokenselect", "hisa", "lazyllm"]
+)
 def test_exact_with_room_for_all(needles: Any, model: Path, method: str | None, size: int) -> None:
     """And with a tenth of it a lone needle is found."""
-    settings = None
+    settings, path, whole, tenth = None, model, LENGTH, TENTH
     if method is not None:
-        settings = needles.named(method) | {"budget": LENGTH}
-        if settings["name"] == "fasa":
-            settings["table"] = str(model / needles.TABLE)
-    wanted = [(kind, LENGTH if method else 0) for kind in needles.HAYSTACKS]
+        kind = needles.METHODS[method].kind
+        path = model if kind == "llama" else model / kind
+        settings = needles.settings(method, [LENGTH], path)
+    if method == "lazyllm":
+        settings, whole, tenth = settings | {"budget": 100}, 100, 10
+    wanted = [(kind, whole if method else 0) for kind in needles.HAYSTACKS]
     if method is not None:
-        wanted.append(("alone", TENTH))
+        wanted.append(("alone", tenth))
     haystacks = [needles.make(kind, LENGTH, CASES) for kind, _ in wanted]
     asked = [needles.requests(h, budget) for h, (_, budget) in zip(haystacks, wanted, strict=True)]
-    args = (str(model), settings, asked)
+    args = (str(path), settings, asked)
     if size == 1:
         found = on_ranks(Ranks.single(torch.device("cpu")), *args)
     else:
