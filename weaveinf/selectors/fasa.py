@@ -6,10 +6,10 @@ i and i + D / 2. `weaveinf calibrate` ranks each head's planes on a text (`agree
 of the best lie side by side in a pool of their own, so that an answer's row reads only them to score every
 token. Layer 0 reads all.
 
-The paper has planes and a set of tokens for each query head. Of those of a KV head's queries one is made
-here: the planes by their mean agreement, the tokens by their soft vote (`ops.select.votes`). The paper's own
-are there for comparing (`sets`): as if each query head had a KV head of its own, whose planes are kept as
-often, and whose tokens are read as often, as there are query heads.
+The paper has planes and a set of tokens for each query head. Here the queries of a KV head share theirs: the
+planes of the highest mean agreement, the tokens of their soft vote (`ops.select.votes`). The paper's own are
+there for comparing (`sets`): as if each query head had a KV head of its own, whose planes are kept, and whose
+tokens are read, for every query head anew.
 
 Keys and values may be in the host's memory (the paper's FASA-M), all but layer 0's: on the device are the
 planes, and what is fetched for a layer, in the places of one more layer of the cache. Of 32 layers with
