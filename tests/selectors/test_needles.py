@@ -80,14 +80,18 @@ def on_ranks(ranks: Ranks, model: str, selector: dict[str, Any] | None, asked: S
     "method", [None, "quest", "fasa", "fasa, query heads", "tokenselect", "hisa", "lazyllm"]
 )
 def test_exact_with_room_for_all(needles: Any, model: Path, method: str | None, size: int) -> None:
-    """And with a tenth of it a lone needle is found."""
+    """And with a tenth of it, or less, a lone needle is found."""
     settings, path, whole, tenth = None, model, LENGTH, TENTH
     if method is not None:
         kind = needles.METHODS[method].kind
         path = model if kind == "llama" else model / kind
         settings = needles.settings(method, [LENGTH], path)
     if method == "lazyllm":
-        settings, whole, tenth = settings | {"budget": 100}, 100, 10
+        settings, whole, tenth = (
+            settings | {"budget": 100},
+            100,
+            40,
+        )  # of which a sixteenth is left in the end
     wanted = [(kind, whole if method else 0) for kind in needles.HAYSTACKS]
     if method is not None:
         wanted.append(("alone", tenth))
