@@ -104,8 +104,8 @@ INDEXED = {
     "model_type": "deepseek_v32",
     "num_key_value_heads": HEADS,
     "first_k_dense_replace": LAYERS,
-    "q_lora_rank": CODE + 1,
-    "kv_lora_rank": 2 * CODE + VALUE + 1,
+    "q_lora_rank": CODE + 16,
+    "kv_lora_rank": 2 * CODE + VALUE + 16,
     "qk_nope_head_dim": CODE,
     "qk_rope_head_dim": ROPE,
     "v_head_dim": VALUE,
@@ -245,9 +245,10 @@ class Indexed(Builder):
         self.config = {k: v for k, v in self.config.items() if k != "head_dim"} | INDEXED
 
     def _latent(self, *parts: tuple[int, slice]) -> Tensor:
-        """[width, HIDDEN] that lays these parts of the residual at these channels, a constant behind them."""
+        """[width, HIDDEN] that lays these parts of the residual at these channels, and a constant at the last
+        of 16 more."""
         last, part = parts[-1]
-        out = torch.zeros(last + part.stop - part.start + 1, HIDDEN)
+        out = torch.zeros(last + part.stop - part.start + 16, HIDDEN)
         for first, part in parts:
             width = part.stop - part.start
             out[torch.arange(first, first + width), torch.arange(part.start, part.stop)] = 1.0
