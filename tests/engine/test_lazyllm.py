@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tests.ranks import pool
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import EngineConfig
 from weaveinf.engine.request import SamplingParams
+from weaveinf.engine.step import Step, StepOutput
+from weaveinf.engine.worker import Worker
 
 LENGTH = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
@@ -125,7 +128,7 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
     return found
 
 
-def on_ranks(ranks: Ranks, path: str, weave: str) -> dict[str, list[list[int]]] | None:
+def on_ranks(ranks: Ranks, path: str, weave: str, use: Any = ways) -> Any:
     config = EngineConfig(
         model=path,
         dtype="float32",
@@ -135,8 +138,42 @@ def on_ranks(ranks: Ranks, path: str, weave: str) -> dict[str, list[list[int]]] 
         weave=weave,  # type: ignore[arg-type]
         selector=SELECTOR,
     )
-    result: dict[str, list[list[int]]] | None = with_engines(ranks, config, ways)
-    return result
+    return with_engines(ranks, config, use)
+
+
+def endings(fresh: Any) -> None:
+    """Requests end in every way, and one last comes to an engine that has nothing else."""
+    engine = fresh(num_pages=18)
+    long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    first, second, aborted = (
+        engine.add(prompts()[0][:length], params)[0]
+        for length, params in ((100, long), (99, long), (30, GREEDY))
+    )
+    while engine.scheduler.has_work:
+        engine.step()
+        if engine.scheduler.num_in_flight and aborted is not None:
+            engine.abort(aborted)
+            aborted = None
+    assert engine.scheduler.num_preemptions > 0
+    assert [len(engine.take(i).request.output_token_ids) for i in (first, second)] == [60, 60]
+    complete(engine, [[1, 2, 3]], SamplingParams(max_tokens=1))
+
+
+def held(ranks: Ranks, path: str) -> list[tuple[list[int], dict[int, int]]]:
+    """After every step of the above: what was released before it, and the rows that each slot stores."""
+    seen = []
+    execute = Worker.execute
+
+    def noting(self: Worker, step: Step) -> StepOutput:
+        output = execute(self, step)
+        requests = self.selector._requests  # type: ignore[union-attr]
+        rows = {slot: sum(len(s.hidden) for s in r.stores) for slot, r in requests.items()}
+        seen.append((step.released.tolist(), rows))
+        return output
+
+    with mock.patch.object(Worker, "execute", noting):
+        on_ranks(ranks, path, "off", endings)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +201,18 @@ def test_tokens_are_those_of_the_plain_algorithm(checkpoint: tuple[Path, Any], s
     assert got["batched"] == got["alone"]
     assert got["dense"] == got["all kept"] != got["alone"]
     assert got["longer than a step"] == got["dense"][:1]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_is_stored_of_what_has_ended(checkpoint: tuple[Path, Any], size: int) -> None:
+    """Finished, aborted or preempted: on every rank it is gone with the next step."""
+    path, _ = checkpoint
+    if size == 1:
+        seen = [held(Ranks.single(torch.device("cpu")), str(path))]
+    else:
+        seen = pool(size).run(held, str(path))
+    assert all(each == seen[0] for each in seen)
+    gone = [slot for released, rows in seen[0][:-1] for slot in released if slot not in rows]
+    assert len(gone) == 3 and max(sum(rows.values()) for _, rows in seen[0]) > 100
+    released, rows = seen[0][-1]
+    assert len(released) == len(rows) == 1 and sum(rows.values()) < 9, "only the last one's"

@@ -192,6 +192,9 @@ class Worker:
     def execute(self, step: Step) -> StepOutput:
         """Runs one step; every rank of the engine runs the same steps in the same order."""
         began = time.perf_counter()
+        if self.selector is not None:
+            for slot in step.released.tolist():
+                self.selector.release(slot)
         for admission in step.admissions:
             self.sampler.admit(admission)
             self._num_blocks[admission.slot] = 0

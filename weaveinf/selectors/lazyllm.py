@@ -7,7 +7,7 @@ stage chooses anew among all of the prompt's tokens; one that is chosen and was 
 store and is computed along with the row. So a token is computed at most once in each layer, and attention in
 a stage reads the chosen tokens and the answer's only.
 
-The store of a request is held until its state slot is another's, on every rank whole: what stays behind,
+The store of a request is held until the first step after its end, on every rank whole: what stays behind,
 times the hidden size, for each stage. Pages are shared with nobody.
 
 Positions stay what they were. A prompt that does not fit into one step, one whose log-probabilities are
@@ -134,8 +134,12 @@ class LazySelector(Selector):
     def admit(self, slot: int, budget: int) -> None:
         """See `Selector`."""
         self.budgets.admit(slot, budget)
-        self._requests.pop(slot, None)
+        self.release(slot)
         self._fresh.add(slot)
+
+    def release(self, slot: int) -> None:
+        """See `Selector`."""
+        self._requests.pop(slot, None)
 
     @property
     def summary(self) -> str:

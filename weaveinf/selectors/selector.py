@@ -197,6 +197,9 @@ class Selector:
         """A request takes a state slot, with a budget of its own or -1."""
         self.budgets.admit(slot, budget)
 
+    def release(self, slot: int) -> None:
+        """The request in a state slot has ended, or will begin anew."""
+
     def bind(self, pools: Pools) -> None:
         """Gives it its pools."""
 
