@@ -115,6 +115,7 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
     found = {"alone": [complete(alone, [p], GREEDY)[0].output_token_ids for p in prompts()]}
     done = complete(batched, [*prompts(), prompts()[0]], GREEDY)
     found["batched"] = [r.output_token_ids for r in done[:-1]]
+    assert all(r.pruned is True for r in done)
     assert done[-1].output_token_ids == done[0].output_token_ids
     again = complete(batched, prompts(), GREEDY)
     assert not any(r.num_cached for r in again), "a pruned prompt was offered"
@@ -122,9 +123,12 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
         "dense": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=0),
         "all kept": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=100),
     }.items():
-        found[name] = [r.output_token_ids for r in complete(batched, prompts(), params)]
-    longer = fresh(max_num_batched_tokens=40, max_num_seqs=4)
-    found["longer than a step"] = [complete(longer, prompts()[:1], GREEDY)[0].output_token_ids]
+        done = complete(batched, prompts(), params)
+        found[name] = [r.output_token_ids for r in done]
+        assert all(r.pruned is (name != "dense") for r in done)
+    longer = complete(fresh(max_num_batched_tokens=40, max_num_seqs=4), [prompts()[0], prompts()[2]], GREEDY)
+    found["longer than a step"] = [longer[0].output_token_ids]
+    assert [r.pruned for r in longer] == [False, True]
     return found
 
 
@@ -155,7 +159,9 @@ def endings(fresh: Any) -> None:
             engine.abort(aborted)
             aborted = None
     assert engine.scheduler.num_preemptions > 0
-    assert [len(engine.take(i).request.output_token_ids) for i in (first, second)] == [60, 60]
+    done = [engine.take(i).request for i in (first, second)]
+    assert [len(request.output_token_ids) for request in done] == [60, 60]
+    assert [request.pruned for request in done] == [True, False], "the second began anew"
     complete(engine, [[1, 2, 3]], SamplingParams(max_tokens=1))
 
 

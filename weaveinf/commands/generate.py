@@ -81,6 +81,7 @@ def _plain(output: RequestOutput) -> dict[str, Any]:
                 "token_ids": sample.token_ids,
                 "finish_reason": sample.finish_reason,
                 "stop_reason": sample.stop_reason,
+                "pruned": sample.pruned,
             }
             for sample in output.outputs
         ],

@@ -345,6 +345,8 @@ class Scheduler:
                 events.append((request, []))
                 continue
             request.output_token_ids.append(token)
+            if output.pruned is not None:
+                request.pruned = request.pruned is not False and output.pruned[i]
             if request.logprobs is not None:
                 request.logprobs.append(_token_logprob(request, token, output.logprobs, i))
             self._prefixes.publish(request)

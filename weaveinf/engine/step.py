@@ -175,10 +175,9 @@ class Step:
         """
         if words.dtype != np.int64 or words.ndim != 1 or len(words) < _HEADER or words[0] != MAGIC:
             raise ValueError("not a packed step")
-        total, number, cut, *ctas, sequences, admissions, tokens, targets, released = words[
-            1:_HEADER
-        ].tolist()
-        if total != len(words) or min(sequences, admissions, tokens, targets, released) < 0:
+        total, number, cut, *ctas = words[1:6].tolist()
+        sequences, admissions, tokens, targets, released = counts = words[6:_HEADER].tolist()
+        if total != len(words) or min(counts) < 0:
             raise ValueError(f"a packed step of {total} words came as {len(words)}")
         reader = _Reader(words, _HEADER)
         wide = reader.take(len(PER_SEQUENCE) * sequences).reshape(len(PER_SEQUENCE), sequences)
@@ -221,12 +220,13 @@ class StepOutput:
 
     `logprobs`: one entry per sample, None where not asked for (or None for all).
     `prompt_logprobs`: one entry per sequence (or None for all): None where not asked for, else
-    num_query entries, None where the target is -1.
+    num_query entries, None where the target is -1. `pruned`: see `Selector.pruned`; one entry per sample.
     """
 
     tokens: Int64s
     logprobs: Sequence[SampledLogprobs | None] | None = None
     prompt_logprobs: Sequence[Sequence[SampledLogprobs | None] | None] | None = None
+    pruned: Sequence[bool] | None = None
 
 
 class _Reader:

@@ -208,6 +208,8 @@ class Worker:
                 self.selector.begin(batch, self.config.max_num_batched_tokens)
             x = self.weaver.run(batch, step.cut, step.seam_ctas)
             output = self.sampler.run(self.model.head, x, step)
+            if self.selector is not None:
+                output.pruned = self.selector.pruned(step.state_slot[step.output_position >= 0].tolist())
         if self._on_gpu:
             self.ranks.check()  # now all kernels of the step are over
         self.steps_done += 1

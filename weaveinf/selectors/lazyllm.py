@@ -17,6 +17,7 @@ wanted and one that is computed again after a preemption run whole: the last tok
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -140,6 +141,10 @@ class LazySelector(Selector):
     def release(self, slot: int) -> None:
         """See `Selector`."""
         self._requests.pop(slot, None)
+
+    def pruned(self, slots: Sequence[int]) -> Sequence[bool]:
+        """See `Selector`."""
+        return [slot in self._requests for slot in slots]
 
     @property
     def summary(self) -> str:

@@ -200,6 +200,10 @@ class Selector:
     def release(self, slot: int) -> None:
         """The request in a state slot has ended, or will begin anew."""
 
+    def pruned(self, slots: Sequence[int]) -> Sequence[bool] | None:
+        """Of these state slots, whether rows of the prompt may be left behind; None: it never does so."""
+        return None
+
     def bind(self, pools: Pools) -> None:
         """Gives it its pools."""
 
