@@ -115,6 +115,27 @@ def test_bench_latency_writes_what_it_measured(tmp_path: Path) -> None:
     assert "GB/s" in done.stdout and "GFLOP/s" in done.stdout and "tokens/s" in done.stdout
 
 
+def test_generate_says_what_a_selector_did() -> None:
+    limits = [
+        "--kv-cache-gib",
+        "0.05",
+        "--max-num-seqs",
+        "4",
+        "--max-num-batched-tokens",
+        "24",
+        "--max-tokens",
+        "3",
+    ]
+    args = [DEMO, *limits, "-p", "a b", "-p", "a b c d e f g h " * 4]
+    done = weaveinf("generate", *args, "--selector", "lazyllm", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [output["samples"][0]["pruned"] for output in result["outputs"]] == [True, False]
+    chose = {"name": "lazyllm", "budget": 70, "prompts_pruned": 1, "prompts_whole": 1}
+    assert result["selector"] == chose
+    assert "lazyllm, budget 70: 1 prompts pruned, 1 prompts whole" in done.stderr
+
+
 def test_doctor_refuses_an_nccl_of_another_cuda(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,9 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
     assert preempted == [complete(alone, [p], long)[0].output_token_ids for p in few]
     dense = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=0)
     found["dense"] = [r.output_token_ids for r in complete(fresh(), prompts(), dense)]
+    counts = batched.trace.choices
+    assert counts is batched.executor.worker.selector.counts and batched.trace.selector in METHODS
+    assert min(counts["rows_dense"], counts["rows_sparse"]) > 0
     with pytest.raises(ValueError, match="selector_budget"):
         fresh().add([1, 2], SamplingParams(selector_budget=65))
     return found

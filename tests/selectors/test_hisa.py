@@ -77,7 +77,7 @@ class Cached:
     def check(self, batch: Batch, sequences: list[int], settings: Hisa) -> int:
         """Every row that looks at blocks first chooses by definition; returns how many such rows it had."""
         facts = RowFacts.of(batch, self.selector.budgets)
-        staged = self.selector.kinds(facts.position, facts.budget)
+        staged = self.selector.kinds(facts)
         q, weights = torch.randn(len(staged), INDEX_HEADS, DIM), torch.randn(len(staged), INDEX_HEADS)
         found = [s for s in segments(batch, facts, staged) if s.kind == STAGED]
         for segment in found:

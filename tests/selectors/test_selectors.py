@@ -343,7 +343,7 @@ def test_the_selection_cache(size: int) -> None:
     assert rows[2][0] == [new | {*range(273, 303)}] * KV_HEADS
     other = middle(cached, 1, cached.queries[1][201], 202)
     assert rows[1][1] == [other | {*range(172, 202)}] * KV_HEADS  # each row of a batch by itself
-    counts = {(part.hits, part.misses) for part in group.parts}
+    counts = {(part.counts["choices_kept"], part.counts["choices_made"]) for part in group.parts}
     assert len(counts) == 1
 
 

@@ -73,7 +73,7 @@ class Observer(Selector):
     """Lets every row read all, and keeps the rotated queries of the latest batch."""
 
     def __init__(self, heads: Heads) -> None:
-        self.budgets = Budgets(heads, 0, 0, 0)
+        super().__init__(Budgets(heads, 0, 0, 0))
         self.queries = [torch.empty(0)] * heads.num_layers
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:

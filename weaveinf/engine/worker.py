@@ -139,7 +139,10 @@ class Worker:
             rank=self.ranks.rank,
             fingerprint="" if model.latents else fingerprint(self.path, model, config.load_format),
         )
-        return chosen.make(heads, PAGE_SIZE)
+        selector = chosen.make(heads, PAGE_SIZE)
+        trace = self.trace
+        trace.selector, trace.budget, trace.choices = chosen.name, chosen.budget, selector.counts
+        return selector
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
         """Pages of the cache: what the rank with the least room can hold, at most what can be used."""

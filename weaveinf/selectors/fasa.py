@@ -135,8 +135,8 @@ class FasaSelector(ByHead):
         for name, known in (("sets", get_args(Sets)), ("memory", get_args(Memory))):
             if (value := getattr(settings, name)) not in known:
                 raise ValueError(f"fasa: {name}={value!r} must be one of {', '.join(known)}")
-        super().__init__(settings, settings.dense_below, dense_layers=1)
-        self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
+        budgets = Budgets(heads, 1, settings.budget, settings.budget)
+        super().__init__(settings, budgets, settings.dense_below, dense_layers=1)
         self._settings, self._page, self._kv_heads = settings, page_size, len(heads.kv_heads)
         self._heads = heads = heads.apart if settings.sets == "query_head" else heads
         planes = load(settings.table, heads, settings.sets, settings.planes)

@@ -16,7 +16,6 @@ wanted and one that is computed again after a preemption run whole: the last tok
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -108,7 +107,7 @@ class _Request:
 
 
 class LazySelector(Selector):
-    """See `Selector` and `RowPruner`."""
+    """See `Selector` and `RowPruner`. Counts prompts in place of rows: "prompts_pruned", "prompts_whole"."""
 
     publishes = False
 
@@ -118,7 +117,7 @@ class LazySelector(Selector):
                 f"lazyllm keeps 1 to 100 percent in at least one stage, got budget={settings.budget} and "
                 f"stages={settings.stages}"
             )
-        self.budgets = Budgets(heads, 1, 100, settings.budget)
+        super().__init__(Budgets(heads, 1, 100, settings.budget))
         self._heads, self._page = heads, page_size
         parts = {round(0.9 * (i + 1) / settings.stages * heads.num_layers) for i in range(settings.stages)}
         begin = sorted(layer for layer in parts if 0 < layer < heads.num_layers)
@@ -129,7 +128,6 @@ class LazySelector(Selector):
         self._fresh: set[int] = set()
         self._requests: dict[int, _Request] = {}
         self._room = 0
-        self._counts: Counter[str] = Counter()
         self._memo = Memo()
 
     def admit(self, slot: int, budget: int) -> None:
@@ -146,12 +144,6 @@ class LazySelector(Selector):
         """See `Selector`."""
         return [slot in self._requests for slot in slots]
 
-    @property
-    def summary(self) -> str:
-        """See `Selector`."""
-        pruned, whole = self._counts["pruned"], self._counts["whole"]
-        return f"lazyllm: {pruned} prompts pruned, {whole} run whole"
-
     def begin(self, batch: Batch, most_rows: int) -> None:
         """See `Selector`: a prompt is pruned if all of it is in this step."""
         self._room = most_rows - batch.num_tokens
@@ -164,7 +156,7 @@ class LazySelector(Selector):
             prompt, budget = int(batch.num_prompt_tokens[s]), int(self.budgets.of_slot[slot])
             whole = int(batch.positions[starts[s]]) == 0 and int(batch.seq_lens[s]) == prompt
             fits = whole and logits[s + 1] - logits[s] == 1
-            self._counts["pruned" if budget and fits else "whole"] += 1
+            self.counts["prompts_pruned" if budget and fits else "prompts_whole"] += 1
             if budget and fits:
                 self._requests[slot] = self._request(prompt, budget)
 

@@ -50,8 +50,8 @@ class QuestSelector(ByHead):
                 f"quest reads its first page and the last: budget={settings.budget} must be at least "
                 f"{2 * page_size}"
             )
-        super().__init__(settings, settings.dense_below, settings.dense_layers)
-        self.budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
+        budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
+        super().__init__(settings, budgets, settings.dense_below, settings.dense_layers)
         self._settings, self._heads, self._page = settings, heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]
