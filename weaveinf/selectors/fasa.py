@@ -34,7 +34,7 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.by_head import ByHead, HeadsChoice
-from weaveinf.selectors.selector import Budgets, Choosing, Heads, PerRow, TokensOfHeads
+from weaveinf.selectors.selector import Budgets, Choosing, Heads, PerRow, Settings, TokensOfHeads
 
 Sets = Literal["kv_head", "query_head"]
 Memory = Literal["device", "host"]
@@ -44,7 +44,7 @@ _VECTOR = 16  # channels: what the kernels take at once
 
 
 @dataclass(frozen=True)
-class Fasa:
+class Fasa(Settings):
     """table: the file that `weaveinf calibrate` wrote for this model. budget: cached tokens that an answer's
     rows read for each KV head; planes: how many of a head's planes score them. dense_below: cached tokens up
     to which all are read, as choosing costs more than it saves. sets: whether it is each "kv_head" that

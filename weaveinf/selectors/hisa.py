@@ -25,7 +25,17 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
-from weaveinf.selectors.selector import DENSE, Budgets, Heads, Memo, PerRow, RowFacts, Selector, slices
+from weaveinf.selectors.selector import (
+    DENSE,
+    Budgets,
+    Heads,
+    Memo,
+    PerRow,
+    RowFacts,
+    Selector,
+    Settings,
+    slices,
+)
 
 POOL = "hisa means"
 MOST = 1 << 30
@@ -35,11 +45,12 @@ FLAT, STAGED = 1, 2
 
 
 @dataclass(frozen=True)
-class Hisa:
+class Hisa(Settings):
     """block: tokens whose keys have one mean; blocks: how many of them are looked into. A request's budget
     is of the tokens of whole blocks; 0: no blocks, all tokens are scored."""
 
     name: ClassVar[str] = "hisa"
+    serves: ClassVar[str] = "index"
     block: int = 128
     blocks: int = 64
 

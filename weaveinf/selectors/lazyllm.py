@@ -39,6 +39,7 @@ from weaveinf.selectors.selector import (
     RowFacts,
     Segment,
     Selector,
+    Settings,
     Tokens,
     segments,
 )
@@ -47,7 +48,7 @@ Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class LazyLlm:
+class LazyLlm(Settings):
     """budget: percent of the prompt's tokens that go on from a stage to the next; stages: how many more there
     are than the first, which all tokens pass; they begin at even parts of the first nine tenths of the
     layers."""

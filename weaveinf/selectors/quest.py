@@ -21,13 +21,13 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.by_head import ByHead, HeadsChoice
-from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, TokensOfHeads
+from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, Settings, TokensOfHeads
 
 POOL = "quest bounds"
 
 
 @dataclass(frozen=True)
-class Quest:
+class Quest(Settings):
     """budget: cached tokens that an answer's rows read for each KV head, in whole pages; the first
     `dense_layers` layers read all. dense_below: cached tokens up to which all are read, as choosing costs
     more than it saves."""

@@ -168,10 +168,17 @@ Choosing = Generator[Tensor, Tensor, Sequence[Segment]]
 
 
 class Settings(Protocol):
-    """What a user may set of a method; a frozen dataclass, one file with its `Selector`."""
+    """What a user may set of a method; a frozen dataclass, one file with its `Selector`.
+
+    Attributes:
+        serves: whether it chooses by keys of "heads" or by those of a model's own "index".
+    """
 
     name: ClassVar[str]
-    budget: int
+    serves: ClassVar[str] = "heads"
+
+    @property
+    def budget(self) -> int: ...
 
     def make(self, heads: Heads, page_size: int) -> Selector:
         """ValueError where the model cannot carry it."""

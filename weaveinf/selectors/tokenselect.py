@@ -34,6 +34,7 @@ from weaveinf.selectors.selector import (
     RowFacts,
     Segment,
     Selector,
+    Settings,
     Tokens,
     segments,
     slices,
@@ -44,7 +45,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class TokenSelect:
+class TokenSelect(Settings):
     """budget, sinks, local: tokens, see above. threshold: the cosine of two queries from which on a choice is
     kept; above 1 it never is. dense_below: cached tokens up to which all are read, as choosing costs more
     than it saves."""
