@@ -28,7 +28,7 @@ from weaveinf.cache.pools import PoolSpec, bytes_per_page
 from weaveinf.ops import select
 from weaveinf.selectors.fasa import Fasa, Memory, Sets, agreement, save
 from weaveinf.selectors.quest import Quest
-from weaveinf.selectors.selector import Heads
+from weaveinf.selectors.selector import Heads, Settings
 from weaveinf.selectors.tokenselect import CHUNK, TokenSelect
 
 SIZES = [1, 2, 4, 8]
@@ -71,12 +71,18 @@ def test_quest_takes_the_pages_with_the_highest_bounds(size: int) -> None:
                 }
 
 
-def test_quest_reads_all_in_its_dense_layers() -> None:
+@pytest.mark.parametrize(("method", "dense"), [("quest", 2), ("quest", LAYERS + 1), ("fasa", 1)])
+def test_dense_layers_read_all_and_keep_nothing(tmp_path: Path, method: str, dense: int) -> None:
     cached = Cached([301], [290])
-    group = Group(cached, Quest(dense_below=0, budget=4 * PAGE))
-    batch = cached.batch([(0, 0, 301)])
-    group.write(batch, layer=1)
-    assert group.choose(cached.batch([(0, 300, 301)]), layer=1) == [[None] * KV_HEADS]
+    settings: Settings = Quest(dense_below=0, budget=4 * PAGE, dense_layers=dense)
+    if method == "fasa":
+        settings = Fasa(dense_below=0, table=table(tmp_path)[0], budget=50, planes=5)
+    group = Group(cached, settings)
+    assert [spec.layers for spec in part_of(group).pools] == [max(0, LAYERS - dense)]
+    for layer in range(LAYERS):
+        group.write(cached.batch([(0, 0, 301)]), layer)
+        (chosen,) = group.choose(cached.batch([(0, 300, 301)]), layer)
+        assert (chosen == [None] * KV_HEADS) == (layer < dense)
 
 
 def test_a_recycled_page_keeps_nothing() -> None:

@@ -143,7 +143,8 @@ class FasaSelector(ByHead):
         width = -(-2 * settings.planes // _VECTOR) * _VECTOR
         self._channels = torch.full((*planes.shape[:2], width), -1, dtype=torch.int32)
         self._channels[..., : 2 * settings.planes] = torch.cat([planes, planes + half], dim=-1)
-        self.pools = [PoolSpec(POOL, (len(heads.kv_heads), width), heads.dtype, heads.num_layers)]
+        shape = (len(heads.kv_heads), width)
+        self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers - 1)]
         if settings.memory == "host":
             self.host_layers = range(1, heads.num_layers)
             shape = (self._kv_heads, heads.head_dim)
@@ -153,7 +154,7 @@ class FasaSelector(ByHead):
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
-        self._planes = pools[POOL]
+        self._planes = [torch.empty(0), *pools[POOL]]
         if self.host_layers:
             self._mirror = pools[MIRROR[0]][0], pools[MIRROR[1]][0]
 

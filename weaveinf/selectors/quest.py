@@ -54,13 +54,14 @@ class QuestSelector(ByHead):
         super().__init__(settings, budgets, settings.dense_below, settings.dense_layers)
         self._settings, self._heads, self._page = settings, heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
-        self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]
+        layers = max(0, heads.num_layers - settings.dense_layers)
+        self.pools = [PoolSpec(POOL, shape, heads.dtype, layers, "page")]
         self._bounds: list[Tensor] = []
         self._touched = Memo()
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
-        self._bounds = pools[POOL]
+        self._bounds = [torch.empty(0)] * self._settings.dense_layers + pools[POOL]
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`. Bounds are made anew of all that a page holds by now, so nothing stays of what was
