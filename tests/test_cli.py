@@ -39,8 +39,7 @@ SURFACE = {
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE
     | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--trace", "--json"},
-    "bench overlap": ENGINE
-    | {"--load-format", "--tokens", "--decode", "--emulate", "--pairs", "--trace", "--json"},
+    "bench overlap": ENGINE | {"--load-format", "--tokens", "--decode", "--pairs", "--trace", "--json"},
     "bench selectors": {"--methods", "--tokens", "--batch", "--heads", "--kv-heads", "--head-dim", "--turns"}
     | {"--json"},
     "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
