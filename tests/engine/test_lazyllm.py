@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.harness import complete, with_engines
+from tests.engine.harness import complete, near_ties, with_engines
 from tests.models.harness import make_checkpoint
 from tests.ranks import pool
 from weaveinf.comm.ranks import Ranks
@@ -19,6 +20,7 @@ from weaveinf.config import EngineConfig
 from weaveinf.engine.request import SamplingParams
 from weaveinf.engine.step import Step, StepOutput
 from weaveinf.engine.worker import Worker
+from weaveinf.selectors.lazyllm import LazySelector
 
 LENGTH = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
@@ -110,7 +112,7 @@ class Oracle:
         return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def ways(fresh: Any) -> dict[str, list[list[int]]]:
+def ways(fresh: Any) -> dict[str, list[list[Any]]]:
     alone, batched = fresh(max_num_seqs=1), fresh()
     found = {"alone": [complete(alone, [p], GREEDY)[0].output_token_ids for p in prompts()]}
     done = complete(batched, [*prompts(), prompts()[0]], GREEDY)
@@ -120,12 +122,13 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
     again = complete(batched, prompts(), GREEDY)
     assert not any(r.num_cached for r in again), "a pruned prompt was offered"
     for name, params in {
-        "dense": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=0),
-        "all kept": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=100),
+        "dense": replace(GREEDY, selector_budget=0, logprobs=0),
+        "all kept": replace(GREEDY, selector_budget=100, logprobs=0),
     }.items():
         done = complete(batched, prompts(), params)
         found[name] = [r.output_token_ids for r in done]
         assert all(r.pruned is (name != "dense") for r in done)
+        found[name + ", log-probabilities"] = [[one.logprob for one in r.logprobs] for r in done]
     longer = complete(fresh(max_num_batched_tokens=40, max_num_seqs=4), [prompts()[0], prompts()[2]], GREEDY)
     found["longer than a step"] = [longer[0].output_token_ids]
     assert [r.pruned for r in longer] == [False, True]
@@ -206,6 +209,11 @@ def test_tokens_are_those_of_the_plain_algorithm(checkpoint: tuple[Path, Any], s
     assert revived > LENGTH, "nothing ever came back"
     assert got["batched"] == got["alone"]
     assert got["dense"] == got["all kept"] != got["alone"]
+    assert sum(near_ties(model, *each) for each in zip(prompts(), got["dense"], strict=True)) <= 1
+    for one, other in zip(
+        *(got[f"{name}, log-probabilities"] for name in ("dense", "all kept")), strict=True
+    ):
+        assert one == pytest.approx(other, abs=1e-5)
     assert got["longer than a step"] == got["dense"][:1]
 
 
@@ -222,3 +230,39 @@ def test_nothing_is_stored_of_what_has_ended(checkpoint: tuple[Path, Any], size:
     assert len(gone) == 3 and max(sum(rows.values()) for _, rows in seen[0]) > 100
     released, rows = seen[0][-1]
     assert len(released) == len(rows) == 1 and sum(rows.values()) < 9, "only the last one's"
+
+
+def asking(fresh: Any) -> None:
+    complete(fresh(), prompts(), GREEDY)
+
+
+def test_a_token_enters_a_stage_at_most_once(checkpoint: tuple[Path, Any]) -> None:
+    """And where a prompt passes, only what was in the stage before, its last token always."""
+    requests: list[Any] = []
+    entered: list[dict[int, list[list[int]]]] = []  # of each request, by stage, in each of its steps
+    enter = LazySelector._enter
+
+    def noting(self: LazySelector, request: Any, stage: int, own: Any, state: Tensor) -> Any:
+        went, hidden = enter(self, request, stage, own, state)
+        assert len(went) == len(hidden) and went.tolist() == sorted({*went.tolist()})
+        if not any(request is known for known in requests):
+            requests.append(request)
+            entered.append({})
+        at = next(i for i, known in enumerate(requests) if known is request)
+        entered[at].setdefault(stage, []).append(went.tolist())
+        return went, hidden
+
+    with mock.patch.object(LazySelector, "_enter", noting):
+        on_ranks(Ranks.single(torch.device("cpu")), str(checkpoint[0]), "off", asking)
+    back = 0
+    for prompt, stages in zip(prompts(), entered, strict=True):
+        assert sorted(stages) == [1, 2, 3]
+        before = {*range(len(prompt))}
+        for steps in stages.values():
+            every = [position for step in steps for position in step]
+            assert len({*every}) == len(every), "a token is computed twice"
+            assert {len(prompt) - 1} <= {*steps[0]} <= before
+            assert len(steps[0]) == -(-len(before) * 40 // 100)
+            before = {*steps[0]}
+            back += sum(len(step) - 1 for step in steps[1:])
+    assert back > LENGTH, "nothing ever came back"
