@@ -3,6 +3,7 @@ preemption or on what else runs; and where all may be read, it is what dense att
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,6 +96,14 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
     found["dense"] = [r.output_token_ids for r in complete(mixed, prompts(), dense)]
     found["sparse behind dense"] = [r.output_token_ids for r in complete(mixed, prompts(), GREEDY)]
     found["dense behind sparse"] = [r.output_token_ids for r in complete(batched, prompts(), dense)]
+    # An answer becomes part of a prompt, whose pages' keys were made by rows that read less.
+    answer = complete(batched, prompts()[2:3], replace(GREEDY, max_tokens=40))[0].output_token_ids
+    for params in (dense, GREEDY):
+        both = [
+            complete(e, [[*prompts()[2], *answer]], replace(params, logprobs=0)) for e in (batched, fresh())
+        ]
+        one, other = ([entry.logprob for entry in done[0].logprobs] for done in both)
+        assert one == pytest.approx(other, abs=1e-5)
     counts = batched.trace.choices
     assert counts is batched.executor.worker.selector.counts and batched.trace.selector in METHODS
     assert min(counts["rows_dense"], counts["rows_sparse"]) > 0
