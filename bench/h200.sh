@@ -26,7 +26,7 @@ step build 40 "$python" setup.py -q build_ext --inplace
 step doctor 20 "$python" -m weaveinf doctor
 step tests 180 "$python" -m pytest tests/gpu -q --maxfail=20 --durations=10 -p no:cacheprovider
 step seam 60 "$python" bench/seam.py --json "$out/$name-seam.json"
-emulated=("$python" -m weaveinf bench overlap --emulate 8 --pairs 5)
+emulated=("$python" bench/emulate.py --pairs 5)
 step llama-70b 75 "${emulated[@]}" bench/shapes/llama-70b --tokens 256 512 1024 2048 4096 8192 16384 32768 65536 \
     --json "$out/$name-llama-70b.json"
 step mixtral 45 "${emulated[@]}" bench/shapes/mixtral-8x22b --tokens 1024 2048 4096 8192 16384 \

@@ -31,7 +31,7 @@ from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.engine.worker import Worker
 from weaveinf.selectors.fasa import save
 from weaveinf.selectors.registry import settings
-from weaveinf.selectors.selector import Heads, Selector
+from weaveinf.selectors.selector import Selector
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {
@@ -90,7 +90,7 @@ class Steps:
         for name, settings_ in wanted.items():
             selector = None
             if settings_ is not None:
-                selector = settings(settings_).make(self._heads(), PAGE_SIZE)
+                selector = settings(settings_).make(self.worker.model.heads(batch), PAGE_SIZE)
                 pools.append(
                     Pools(selector.pools, self.worker.num_pages, PAGE_SIZE, torch.device("cpu"), True)
                 )
@@ -100,20 +100,6 @@ class Steps:
             flat = pool.flatten()
             for start in range(0, len(flat), len(noise)):
                 flat[start : start + len(noise)] = noise[: len(flat) - start]
-
-    def _heads(self) -> Heads:
-        config = self.worker.model_config
-        return Heads(
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            kv_heads=range(config.num_kv_heads),
-            ranks=1,
-            max_num_seqs=self.batch,
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
-        )
 
     def ms(self, name: str) -> float:
         selector = self.methods[name]

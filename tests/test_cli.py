@@ -39,8 +39,7 @@ SURFACE = {
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE
     | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--trace", "--json"},
-    "bench overlap": ENGINE
-    | {"--load-format", "--tokens", "--decode", "--emulate", "--pairs", "--trace", "--json"},
+    "bench overlap": ENGINE | {"--load-format", "--tokens", "--decode", "--pairs", "--trace", "--json"},
     "bench selectors": {"--methods", "--tokens", "--batch", "--heads", "--kv-heads", "--head-dim", "--turns"}
     | {"--json"},
     "plan": {"MODEL", "--tp", "--gpu", "--tokens", "--json"},
@@ -113,6 +112,27 @@ def test_bench_latency_writes_what_it_measured(tmp_path: Path) -> None:
     for name in ("prefill_ms", "decode_ms", "machine_gb_per_s", "machine_gflops"):
         assert result[name] > 0
     assert "GB/s" in done.stdout and "GFLOP/s" in done.stdout and "tokens/s" in done.stdout
+
+
+def test_generate_says_what_a_selector_did() -> None:
+    limits = [
+        "--kv-cache-gib",
+        "0.05",
+        "--max-num-seqs",
+        "4",
+        "--max-num-batched-tokens",
+        "24",
+        "--max-tokens",
+        "3",
+    ]
+    args = [DEMO, *limits, "-p", "a b", "-p", "a b c d e f g h " * 4]
+    done = weaveinf("generate", *args, "--selector", "lazyllm", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [output["samples"][0]["pruned"] for output in result["outputs"]] == [True, False]
+    chose = {"name": "lazyllm", "budget": 70, "prompts_pruned": 1, "prompts_whole": 1}
+    assert result["selector"] == chose
+    assert "lazyllm, budget 70: 1 prompts pruned, 1 prompts whole" in done.stderr
 
 
 def test_doctor_refuses_an_nccl_of_another_cuda(

@@ -65,9 +65,6 @@ def parser() -> argparse.ArgumentParser:
     overlap.add_argument(
         "--decode", type=int, nargs="+", default=[], help="also steps of so many decode rows"
     )
-    overlap.add_argument(
-        "--emulate", type=int, metavar="N", help="rank 0 of N on one GPU, the others' part paced"
-    )
     overlap.add_argument("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
     _results(overlap)
 

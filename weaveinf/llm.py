@@ -210,6 +210,7 @@ class _Answer:
                     finish_reason=one.request.finish_reason,
                     stop_reason=one.request.stop_reason,
                     logprobs=one.request.logprobs,
+                    pruned=one.request.pruned,
                 )
                 for one in done
             ],

@@ -14,6 +14,8 @@ class Trace:
     Attributes:
         steps: number of steps by how they ran: "woven", "fused" or "plain".
         reasons: why a step was not woven, with its count.
+        selector: the method that chooses what is read, "" for none; budget: of requests that name none.
+        choices: what it counts (`Selector.counts`, the very same).
         told: what a recorded trace says of blocks, seams and waits, once it was written.
         seconds: duration of the latest steps, by their phase ("prefill" has a row that is not a
             decode row).
@@ -21,6 +23,9 @@ class Trace:
 
     steps: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    selector: str = ""
+    budget: int = 0
+    choices: Counter[str] = field(default_factory=Counter)
     told: str = ""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
 
@@ -40,7 +45,11 @@ class Trace:
         return median(times) * 1e3 if times else None
 
     def summary(self) -> str:
-        """One line: how many steps ran how, and why."""
+        """One line: how many steps ran how, and why; another of what a selector did."""
         ran = ", ".join(f"{self.steps[how]} {how}" for how in ("woven", "fused", "plain"))
         why = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common())
-        return f"steps: {ran}" + (f" - {why}" if why else "")
+        steps = f"steps: {ran}" + (f" - {why}" if why else "")
+        if not self.selector:
+            return steps
+        did = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in self.choices.items())
+        return f"{steps}\n{self.selector}, budget {self.budget}: {did}"

@@ -1,12 +1,16 @@
-"""`bench overlap --emulate`: rank 0's part of every variant, with the seam kernel on threads of the CPU."""
+"""bench/emulate.py: rank 0's part of every variant, with the seam kernel on threads of the CPU."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,18 +18,23 @@ import torch
 
 from tests.comm.test_symmetric import Build, Grid, build  # noqa: F401
 from tests.models.harness import SMALL, make_checkpoint
-from weaveinf.cli import main
 from weaveinf.comm import symmetric
 from weaveinf.comm.symmetric import Call
-from weaveinf.commands import emulate
-from weaveinf.commands.emulate import Emulation, published_us
 from weaveinf.models.config import ModelConfig
 from weaveinf.weave.waves import GpuCosts
 
-SHAPES = Path(__file__).parents[2] / "bench" / "shapes"
+BENCH = Path(__file__).parents[2] / "bench"
+SHAPES = BENCH / "shapes"
 
 
-def test_times_are_those_that_were_published_and_grow_beyond() -> None:
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("emulate")
+
+
+def test_times_are_those_that_were_published_and_grow_beyond(emulate: Any) -> None:
+    published_us = emulate.published_us
     assert published_us(emulate._MULTIMEM, 1024 * 16384) == pytest.approx(74.8)
     assert published_us(emulate._NCCL, 2 * 32768 * 16384) == pytest.approx(2 * 2402.5)
     assert published_us(emulate._FUSED[8], 96 * 16384) == pytest.approx((18.3 + 23.1) / 2)
@@ -37,7 +46,7 @@ def test_times_are_those_that_were_published_and_grow_beyond() -> None:
     shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
 )
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_all_variants_run(tmp_path: Path, build: Build, family: str) -> None:  # noqa: F811
+def test_all_variants_run(tmp_path: Path, emulate: Any, build: Build, family: str) -> None:  # noqa: F811
     make_checkpoint(tmp_path, family)
     held: list[tuple[int, int, int]] = []
 
@@ -52,7 +61,7 @@ def test_all_variants_run(tmp_path: Path, build: Build, family: str) -> None:  #
         return Recorded(build(dtype, hidden, ranks, multimem))
 
     with mock.patch.object(symmetric, "kernel", kernel):
-        bench = Emulation(tmp_path, 2, 96, torch.device("cpu"))
+        bench = emulate.Emulation(tmp_path, 2, 96, torch.device("cpu"))
         cell = bench.cell(96, pairs=1)
         bench.ranks.close()
     assert all(cell[f"{name}_ms"] > 0 for name in ("plain", "nccl", "fused", "woven", "no_comm"))
@@ -64,10 +73,11 @@ def test_all_variants_run(tmp_path: Path, build: Build, family: str) -> None:  #
     assert [pauses.count(int(1e3 * us)) for us in (16.5, 36.0)] == [2 * joints] * 2
 
 
-def test_what_it_needs_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch.object(torch.cuda, "is_available", lambda: False), pytest.raises(SystemExit) as end:
-        main(["bench", "overlap", str(SHAPES / "llama-70b"), "--emulate", "8"])
-    assert end.value.code == 2 and "--emulate needs a GPU" in capsys.readouterr().err
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_what_it_needs_is_said() -> None:
+    command = [sys.executable, str(BENCH / "emulate.py"), str(SHAPES / "llama-70b")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "the seam of a GPU: there is none" in done.stderr
 
 
 @pytest.mark.parametrize("shape", sorted(path.name for path in SHAPES.iterdir()))

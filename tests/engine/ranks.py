@@ -52,8 +52,12 @@ class SimulatedRank:
 
     def execute(self, packed: np.ndarray) -> StepOutput:
         step = Step.unpack(packed.copy())
+        for slot in step.released.tolist():
+            assert self.admitted[slot] is not None
+            self.admitted[slot] = None
         for admission in step.admissions:
             slot = admission.slot
+            assert self.admitted[slot] is None, "a slot is taken that nobody gave up"
             self.table[slot] = []
             self.admitted[slot] = admission
             self.last_token[slot] = POISON

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.harness import complete, with_engines
+from tests.engine.harness import complete, near_ties, with_engines
 from tests.models.harness import make_checkpoint
 from tests.ranks import pool
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import EngineConfig
 from weaveinf.engine.request import SamplingParams
+from weaveinf.engine.step import Step, StepOutput
+from weaveinf.engine.worker import Worker
+from weaveinf.selectors.lazyllm import LazySelector
 
 LENGTH = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
@@ -107,25 +112,30 @@ class Oracle:
         return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def ways(fresh: Any) -> dict[str, list[list[int]]]:
+def ways(fresh: Any) -> dict[str, list[list[Any]]]:
     alone, batched = fresh(max_num_seqs=1), fresh()
     found = {"alone": [complete(alone, [p], GREEDY)[0].output_token_ids for p in prompts()]}
     done = complete(batched, [*prompts(), prompts()[0]], GREEDY)
     found["batched"] = [r.output_token_ids for r in done[:-1]]
+    assert all(r.pruned is True for r in done)
     assert done[-1].output_token_ids == done[0].output_token_ids
     again = complete(batched, prompts(), GREEDY)
     assert not any(r.num_cached for r in again), "a pruned prompt was offered"
     for name, params in {
-        "dense": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=0),
-        "all kept": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=100),
+        "dense": replace(GREEDY, selector_budget=0, logprobs=0),
+        "all kept": replace(GREEDY, selector_budget=100, logprobs=0),
     }.items():
-        found[name] = [r.output_token_ids for r in complete(batched, prompts(), params)]
-    longer = fresh(max_num_batched_tokens=40, max_num_seqs=4)
-    found["longer than a step"] = [complete(longer, prompts()[:1], GREEDY)[0].output_token_ids]
+        done = complete(batched, prompts(), params)
+        found[name] = [r.output_token_ids for r in done]
+        assert all(r.pruned is (name != "dense") for r in done)
+        found[name + ", log-probabilities"] = [[one.logprob for one in r.logprobs] for r in done]
+    longer = complete(fresh(max_num_batched_tokens=40, max_num_seqs=4), [prompts()[0], prompts()[2]], GREEDY)
+    found["longer than a step"] = [longer[0].output_token_ids]
+    assert [r.pruned for r in longer] == [False, True]
     return found
 
 
-def on_ranks(ranks: Ranks, path: str, weave: str) -> dict[str, list[list[int]]] | None:
+def on_ranks(ranks: Ranks, path: str, weave: str, use: Any = ways) -> Any:
     config = EngineConfig(
         model=path,
         dtype="float32",
@@ -135,8 +145,44 @@ def on_ranks(ranks: Ranks, path: str, weave: str) -> dict[str, list[list[int]]] 
         weave=weave,  # type: ignore[arg-type]
         selector=SELECTOR,
     )
-    result: dict[str, list[list[int]]] | None = with_engines(ranks, config, ways)
-    return result
+    return with_engines(ranks, config, use)
+
+
+def endings(fresh: Any) -> None:
+    """Requests end in every way, and one last comes to an engine that has nothing else."""
+    engine = fresh(num_pages=18)
+    long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    first, second, aborted = (
+        engine.add(prompts()[0][:length], params)[0]
+        for length, params in ((100, long), (99, long), (30, GREEDY))
+    )
+    while engine.scheduler.has_work:
+        engine.step()
+        if engine.scheduler.num_in_flight and aborted is not None:
+            engine.abort(aborted)
+            aborted = None
+    assert engine.scheduler.num_preemptions > 0
+    done = [engine.take(i).request for i in (first, second)]
+    assert [len(request.output_token_ids) for request in done] == [60, 60]
+    assert [request.pruned for request in done] == [True, False], "the second began anew"
+    complete(engine, [[1, 2, 3]], SamplingParams(max_tokens=1))
+
+
+def held(ranks: Ranks, path: str) -> list[tuple[list[int], dict[int, int]]]:
+    """After every step of the above: what was released before it, and the rows that each slot stores."""
+    seen = []
+    execute = Worker.execute
+
+    def noting(self: Worker, step: Step) -> StepOutput:
+        output = execute(self, step)
+        requests = self.selector._requests  # type: ignore[union-attr]
+        rows = {slot: sum(len(s.hidden) for s in r.stores) for slot, r in requests.items()}
+        seen.append((step.released.tolist(), rows))
+        return output
+
+    with mock.patch.object(Worker, "execute", noting):
+        on_ranks(ranks, path, "off", endings)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -163,4 +209,60 @@ def test_tokens_are_those_of_the_plain_algorithm(checkpoint: tuple[Path, Any], s
     assert revived > LENGTH, "nothing ever came back"
     assert got["batched"] == got["alone"]
     assert got["dense"] == got["all kept"] != got["alone"]
+    assert sum(near_ties(model, *each) for each in zip(prompts(), got["dense"], strict=True)) <= 1
+    for one, other in zip(
+        *(got[f"{name}, log-probabilities"] for name in ("dense", "all kept")), strict=True
+    ):
+        assert one == pytest.approx(other, abs=1e-5)
     assert got["longer than a step"] == got["dense"][:1]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_is_stored_of_what_has_ended(checkpoint: tuple[Path, Any], size: int) -> None:
+    """Finished, aborted or preempted: on every rank it is gone with the next step."""
+    path, _ = checkpoint
+    if size == 1:
+        seen = [held(Ranks.single(torch.device("cpu")), str(path))]
+    else:
+        seen = pool(size).run(held, str(path))
+    assert all(each == seen[0] for each in seen)
+    gone = [slot for released, rows in seen[0][:-1] for slot in released if slot not in rows]
+    assert len(gone) == 3 and max(sum(rows.values()) for _, rows in seen[0]) > 100
+    released, rows = seen[0][-1]
+    assert len(released) == len(rows) == 1 and sum(rows.values()) < 9, "only the last one's"
+
+
+def asking(fresh: Any) -> None:
+    complete(fresh(), prompts(), GREEDY)
+
+
+def test_a_token_enters_a_stage_at_most_once(checkpoint: tuple[Path, Any]) -> None:
+    """And where a prompt passes, only what was in the stage before, its last token always."""
+    requests: list[Any] = []
+    entered: list[dict[int, list[list[int]]]] = []  # of each request, by stage, in each of its steps
+    enter = LazySelector._enter
+
+    def noting(self: LazySelector, request: Any, stage: int, own: Any, state: Tensor) -> Any:
+        went, hidden = enter(self, request, stage, own, state)
+        assert len(went) == len(hidden) and went.tolist() == sorted({*went.tolist()})
+        if not any(request is known for known in requests):
+            requests.append(request)
+            entered.append({})
+        at = next(i for i, known in enumerate(requests) if known is request)
+        entered[at].setdefault(stage, []).append(went.tolist())
+        return went, hidden
+
+    with mock.patch.object(LazySelector, "_enter", noting):
+        on_ranks(Ranks.single(torch.device("cpu")), str(checkpoint[0]), "off", asking)
+    back = 0
+    for prompt, stages in zip(prompts(), entered, strict=True):
+        assert sorted(stages) == [1, 2, 3]
+        before = {*range(len(prompt))}
+        for steps in stages.values():
+            every = [position for step in steps for position in step]
+            assert len({*every}) == len(every), "a token is computed twice"
+            assert {len(prompt) - 1} <= {*steps[0]} <= before
+            assert len(steps[0]) == -(-len(before) * 40 // 100)
+            before = {*steps[0]}
+            back += sum(len(step) - 1 for step in steps[1:])
+    assert back > LENGTH, "nothing ever came back"

@@ -3,8 +3,11 @@ preemption or on what else runs; and where all may be read, it is what dense att
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,10 +21,12 @@ from weaveinf.engine.request import SamplingParams
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import fingerprint
 from weaveinf.selectors.fasa import save
+from weaveinf.selectors.selector import Segment, Tokens, TokensOfHeads
 
 LENGTH = 10
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
 SIZES = {"num_hidden_layers": 4, "max_position_embeddings": 1536}
+KV_HEADS = 2
 METHODS: dict[str, dict[str, Any]] = {
     "tokenselect": {"budget": 40, "sinks": 4, "local": 20, "threshold": 2.0},
     "fasa": {"budget": 24, "planes": 6},
@@ -63,7 +68,9 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
     """Greedy tokens of the prompts in every way in which an engine may come to run them."""
     found = only_alone(fresh)
     batched = fresh()
-    found["batched"] = [r.output_token_ids for r in complete(batched, prompts(), GREEDY)]
+    done = complete(batched, prompts(), GREEDY)
+    assert all(r.pruned is None for r in done), "nothing here leaves rows behind"
+    found["batched"] = [r.output_token_ids for r in done]
     again = complete(batched, prompts(), GREEDY)
     assert again[0].num_cached >= 1024
     assert again[1].num_cached >= 512
@@ -85,7 +92,21 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
     alone = fresh(max_num_seqs=1)
     assert preempted == [complete(alone, [p], long)[0].output_token_ids for p in few]
     dense = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, selector_budget=0)
-    found["dense"] = [r.output_token_ids for r in complete(fresh(), prompts(), dense)]
+    mixed = fresh()
+    found["dense"] = [r.output_token_ids for r in complete(mixed, prompts(), dense)]
+    found["sparse behind dense"] = [r.output_token_ids for r in complete(mixed, prompts(), GREEDY)]
+    found["dense behind sparse"] = [r.output_token_ids for r in complete(batched, prompts(), dense)]
+    # An answer becomes part of a prompt, whose pages' keys were made by rows that read less.
+    answer = complete(batched, prompts()[2:3], replace(GREEDY, max_tokens=40))[0].output_token_ids
+    for params in (dense, GREEDY):
+        both = [
+            complete(e, [[*prompts()[2], *answer]], replace(params, logprobs=0)) for e in (batched, fresh())
+        ]
+        one, other = ([entry.logprob for entry in done[0].logprobs] for done in both)
+        assert one == pytest.approx(other, abs=1e-5)
+    counts = batched.trace.choices
+    assert counts is batched.executor.worker.selector.counts and batched.trace.selector in METHODS
+    assert min(counts["rows_dense"], counts["rows_sparse"]) > 0
     with pytest.raises(ValueError, match="selector_budget"):
         fresh().add([1, 2], SamplingParams(selector_budget=65))
     return found
@@ -127,5 +148,73 @@ def test_a_request_gets_the_same_whatever_runs_it(tmp_path: Path, name: str) -> 
     assert want != alone["dense"], "nothing was ever left out"
     for size, weave in ((1, "off"), (2, "off"), (2, "on"), (4, "off")):
         got = alone if size == 1 else pool(size).run(on_ranks, str(tmp_path), chosen, weave)[0]
-        for how in {"alone", "batched", "prefix hits", "chunked"} & got.keys():
+        for how in {"alone", "batched", "prefix hits", "chunked", "sparse behind dense"} & got.keys():
             assert got[how] == want, f"{size} ranks, weave {weave}: {how}"
+        assert got["dense behind sparse"] == got["dense"] == alone["dense"], f"{size} ranks, weave {weave}"
+
+
+def asking(fresh: Any) -> None:
+    """Two prompts that share their beginning, and one of another length, in steps of the same pages."""
+    engine = fresh(num_pages=90)
+    tokens = prompts()[0][: engine.model_config.max_model_len - 100]
+    for some in ([tokens, tokens[:70]], [[*tokens[:80], 7, 8]]):
+        complete(engine, some, GREEDY)
+
+
+def reads(ranks: Ranks, path: str, selector: dict[str, Any]) -> list[dict[int, list[int]]]:
+    """Of every layer's attention to something chosen, in order: what each row reads, by KV head of this rank
+    (-1: of all), as checksums."""
+    found: list[dict[int, list[int]]] = []
+    attend = Segment.attend
+
+    def noting(self: Segment, *args: Any) -> None:
+        chosen = self.chosen
+        if isinstance(chosen, TokensOfHeads):
+            heads = chosen.places.shape[1]
+            slots = [
+                [s[:n] // heads for s, n in zip(*of, strict=True)]
+                for of in zip(chosen.places, chosen.counts, strict=True)
+            ]
+            found.append({g: [checksum(row[g]) for row in slots] for g in range(heads)})
+        elif isinstance(chosen, Tokens):
+            seq = torch.repeat_interleave(torch.arange(len(chosen.slots)), chosen.cu_seqlens.diff().long())
+            ends = zip(seq, chosen.positions, strict=True)
+            found.append({-1: [checksum(chosen.slots[s, : end + 1]) for s, end in ends]})
+        attend(self, *args)
+
+    with mock.patch.object(Segment, "attend", noting):
+        on_ranks(ranks, path, selector, "off", asking)
+    return found
+
+
+def checksum(slots: torch.Tensor) -> int:
+    return crc32(slots.int().numpy().tobytes())
+
+
+def whole(by_rank: list[list[dict[int, list[int]]]], kv_heads: int) -> list[dict[int, list[int]]]:
+    """The same of all ranks together; ranks that hold the same KV head must agree."""
+    size = len(by_rank)
+    out = []
+    for call in zip(*by_rank, strict=True):
+        merged: dict[int, list[int]] = {}
+        for rank, own in enumerate(call):
+            for g, rows in own.items():
+                head = g if g < 0 else rank * kv_heads // size + g
+                assert merged.setdefault(head, rows) == rows, "ranks differ"
+        out.append(merged)
+    return out
+
+
+@pytest.mark.parametrize("name", [*METHODS, "lazyllm", "hisa"])
+def test_all_ranks_read_the_same_however_many_they_are(tmp_path: Path, name: str) -> None:
+    """Four ranks of two KV heads, too."""
+    if name == "hisa":
+        make_checkpoint(tmp_path, "deepseek_v32", max_position_embeddings=400)
+        chosen: dict[str, Any] = {"name": name, "block": 16, "blocks": 3}
+    else:
+        make_checkpoint(tmp_path, "llama", **SIZES)
+        chosen = {"name": name, "budget": 40} if name == "lazyllm" else settings(name, tmp_path)
+    want = reads(Ranks.single(torch.device("cpu")), str(tmp_path), chosen)
+    assert len(want) > 3 * LENGTH
+    for size in (2, 4):
+        assert whole(pool(size).run(reads, str(tmp_path), chosen), KV_HEADS) == want, f"{size} ranks"

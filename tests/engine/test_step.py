@@ -62,6 +62,7 @@ def steps(draw: st.DrawFn) -> Step:
         token_ids=_array(draw, words, np.int64, by_value),
         new_pages=_array(draw, words, np.int64, columns["num_new_pages"].sum()),
         targets=_array(draw, words, np.int64, columns["num_targets"].sum()),
+        released=_array(draw, words, np.int64, draw(st.integers(0, 3))),
     )
 
 
@@ -94,7 +95,7 @@ def test_a_cut_or_padded_step_is_refused(step: Step, data: st.DataObject) -> Non
     changed = np.resize(packed, length)
     with pytest.raises(ValueError, match="packed step"):
         Step.unpack(changed)
-    if length > 9:  # a length that agrees does not help
+    if length > 10:  # a length that agrees does not help
         changed[1] = length
         with pytest.raises(ValueError, match="packed step"):
             Step.unpack(changed)
@@ -106,7 +107,7 @@ def test_a_changed_word_is_refused_or_harmless(step: Step, data: st.DataObject) 
     """Whatever a header or a row is changed to, nothing but ValueError comes, and what passes is
     whole: it packs to the very same words."""
     packed = step.pack()
-    rows = 9 + len(PER_SEQUENCE) * step.num_seqs
+    rows = 10 + len(PER_SEQUENCE) * step.num_seqs
     packed[data.draw(st.integers(0, rows - 1))] = data.draw(words | st.integers(-2, 9))
     try:
         passed = Step.unpack(packed)
@@ -120,11 +121,11 @@ def test_a_changed_word_is_refused_or_harmless(step: Step, data: st.DataObject) 
 @given(st.lists(words, max_size=30), st.booleans())
 def test_garbage_is_refused(garbage: list[int], dressed: bool) -> None:
     array = np.array(garbage, np.int64)
-    if dressed and len(array) > 8:
+    if dressed and len(array) > 10:
         array[:2] = MAGIC, len(array)
-        array[3:9] = abs(array[3:9] % 4)
+        array[3:11] = abs(array[3:11] % 4)
         array[6] += 1
-        array[10:12] = -1  # a slot or position that cannot be
+        array[11:13] = -1  # a slot or position that cannot be
     with pytest.raises(ValueError, match="packed step"):
         Step.unpack(array)
     with pytest.raises(ValueError, match="packed step"):

@@ -13,6 +13,7 @@ from tests.models.harness import FAMILIES, SMALL
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.registry import families
 
+OFTEN = {"indexer_types": None, "index_topk_freq": 2}
 NAMES = {family.model_type: name for name, family in families().items()}
 
 
@@ -34,7 +35,11 @@ def test_the_families_are_found_by_their_files() -> None:
         ({"architectures": ["Olmo2ForCausalLM"]}, "before the residual add"),
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM'.*LlamaForCausalLM"),
         ({"architectures": "LlamaForCausalLM"}, "expected a list"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map.*remote code"),
+        (
+            {"auto_map": {"AutoModel": "x.Y"}},
+            "auto_map.*never run.*use a model of a known family, as 'llama'",
+        ),
+        ({"auto_map": {"AutoModel": "x.Y"}, "model_type": "my_llama"}, "model_type='my_llama'"),
         ({"quantization_config": {"quant_method": "awq"}}, "unquantized"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', expected 'silu'"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
@@ -85,11 +90,38 @@ def test_what_the_mixtures_refuse() -> None:
         ("deepseek_v32", {"mlp_layer_types": ["dense"]}, "3 times 'dense' or 'sparse'"),
         ("glm_moe_dsa", {"indexer_types": ["shared", "full", "full"]}, "the first one 'full'"),
         ("glm_moe_dsa", {"indexer_types": None, "index_topk_pattern": "FXS"}, "index_topk_pattern='FXS'"),
+        (
+            "glm_moe_dsa",
+            OFTEN | {"index_skip_topk_offset": 0},
+            "index_skip_topk_offset=0, expected .* least 1",
+        ),
+        ("glm_moe_dsa", OFTEN | {"index_skip_topk_offset": -1}, "index_skip_topk_offset=-1"),
+        ("glm_moe_dsa", OFTEN | {"index_topk_freq": 2.5}, "index_topk_freq=2.5"),
     ],
 )
 def test_what_latent_attention_refuses(family: str, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         parse(family, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_published_config_names_code_that_is_not_needed() -> None:
+    """The keys of DeepSeek-V3's own, but for its quantization."""
+    code = {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+    }
+    more = {"aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": 1}
+    more |= {"pretraining_tp": 1, "scoring_func": "sigmoid", "seq_aux": True, "topk_method": "noaux_tc"}
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32}
+    more |= {
+        "rope_scaling": yarn | {"beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+        "rope_theta": 10000,
+    }
+    more |= {"max_position_embeddings": 163840, "model_type": "deepseek_v3", "torch_dtype": "bfloat16"}
+    assert parse("deepseek_v3", auto_map=code, **more).dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="quantized"):
+        parse("deepseek_v3", auto_map=code, **more, quantization_config={"quant_method": "fp8"})
 
 
 def test_which_layers_have_an_indexer_of_their_own() -> None:
@@ -100,6 +132,8 @@ def test_which_layers_have_an_indexer_of_their_own() -> None:
 
     assert layers() == (True,) * 6
     assert layers(index_topk_freq=2) == (True, True, False, True, False, True)
+    assert layers(index_topk_freq=0, index_skip_topk_offset=0) == (True,) * 6
+    assert layers(index_topk_freq=4, index_skip_topk_offset=5) == (True,) * 5 + (False,)
     assert layers(index_topk_freq=3, index_skip_topk_offset=1) == (True, False, False) * 2
     assert layers(index_topk_pattern="FSSFSF") == (True, False, False, True, False, True)
 

@@ -77,7 +77,7 @@ class Cached:
     def check(self, batch: Batch, sequences: list[int], settings: Hisa) -> int:
         """Every row that looks at blocks first chooses by definition; returns how many such rows it had."""
         facts = RowFacts.of(batch, self.selector.budgets)
-        staged = self.selector.kinds(facts.position, facts.budget)
+        staged = self.selector.kinds(facts)
         q, weights = torch.randn(len(staged), INDEX_HEADS, DIM), torch.randn(len(staged), INDEX_HEADS)
         found = [s for s in segments(batch, facts, staged) if s.kind == STAGED]
         for segment in found:
@@ -158,6 +158,9 @@ def worker(path: Path, **settings: Any) -> Worker:
         ("llama", "hisa", "this model has none"),
         ("deepseek_v3", "hisa", "this model has none"),
         ("deepseek_v32", "quest", "this model caches latents"),
+        ("deepseek_v3", "fasa", "this model caches latents"),
+        ("glm_moe_dsa", "lazyllm", "this model caches latents"),
+        ("mistral", "tokenselect", "cannot choose in a sliding window"),
         ("deepseek_v32", Hisa(24, 4), "block=24 must be a multiple of 16"),
         ("deepseek_v32", Hisa(16, 1), "blocks=1 must be at least 2"),
         ("deepseek_v32", Hisa(16, 1 << 27), "and at most 67108864"),

@@ -26,9 +26,11 @@ from tests.selectors.harness import (
 )
 from weaveinf.cache.pools import PoolSpec, bytes_per_page
 from weaveinf.ops import select
-from weaveinf.selectors.fasa import Fasa, Memory, Sets, agreement, save
+from weaveinf.selectors import registry
+from weaveinf.selectors.fasa import Fasa, Memory, Sets, agreement, load, save
+from weaveinf.selectors.lazyllm import LazyLlm
 from weaveinf.selectors.quest import Quest
-from weaveinf.selectors.selector import Heads
+from weaveinf.selectors.selector import Heads, Settings
 from weaveinf.selectors.tokenselect import CHUNK, TokenSelect
 
 SIZES = [1, 2, 4, 8]
@@ -71,12 +73,18 @@ def test_quest_takes_the_pages_with_the_highest_bounds(size: int) -> None:
                 }
 
 
-def test_quest_reads_all_in_its_dense_layers() -> None:
+@pytest.mark.parametrize(("method", "dense"), [("quest", 2), ("quest", LAYERS + 1), ("fasa", 1)])
+def test_dense_layers_read_all_and_keep_nothing(tmp_path: Path, method: str, dense: int) -> None:
     cached = Cached([301], [290])
-    group = Group(cached, Quest(dense_below=0, budget=4 * PAGE))
-    batch = cached.batch([(0, 0, 301)])
-    group.write(batch, layer=1)
-    assert group.choose(cached.batch([(0, 300, 301)]), layer=1) == [[None] * KV_HEADS]
+    settings: Settings = Quest(dense_below=0, budget=4 * PAGE, dense_layers=dense)
+    if method == "fasa":
+        settings = Fasa(dense_below=0, table=table(tmp_path)[0], budget=50, planes=5)
+    group = Group(cached, settings)
+    assert [spec.layers for spec in part_of(group).pools] == [max(0, LAYERS - dense)]
+    for layer in range(LAYERS):
+        group.write(cached.batch([(0, 0, 301)]), layer)
+        (chosen,) = group.choose(cached.batch([(0, 300, 301)]), layer)
+        assert (chosen == [None] * KV_HEADS) == (layer < dense)
 
 
 def test_a_recycled_page_keeps_nothing() -> None:
@@ -267,6 +275,49 @@ def test_fasa_refuses_the_table_of_another_model_of_these_sizes(tmp_path: Path) 
         Group(Cached([20], [10]), Fasa(dense_below=0, table=path))
 
 
+def test_a_table_is_the_same_each_time_and_ranks_have_their_parts_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    q, k = torch.randn(5, HEADS, DIM), torch.randn(80, KV_HEADS, DIM)
+    assert torch.equal(agreement(q, k, 8), agreement(q, k, 8))
+    path, of_kv, of_query = table(tmp_path)
+    for size in SIZES:
+        for heads in Group(Cached([20], [10]), Fasa(table=path), size).heads:
+            assert torch.equal(load(path, heads, "kv_head", 5)[2], of_kv[list(heads.kv_heads), :5])
+            own = of_query[list(heads.apart.kv_heads), :5]
+            assert torch.equal(load(path, heads.apart, "query_head", 5)[2], own)
+
+
+def test_planes_lie_beside_the_keys_whatever_was_in_their_pages(tmp_path: Path) -> None:
+    path, planes, _ = table(tmp_path)
+    cached = Cached([160, 150], [10, 10], dtype=torch.bfloat16)
+    cached.table[1] = cached.table[0]  # the second request gets the first one's pages
+    group = Group(cached, Fasa(table=path, planes=5))
+    for s, start, end in ((0, 0, 160), (1, 0, 70), (1, 70, 71), (1, 71, 150)):
+        group.write(cached.batch([(s, start, end)]))
+    channels = torch.cat([planes[:, :5], planes[:, :5] + DIM // 2], -1).expand(150, -1, -1)
+    (pool,) = group.pools[0][part_of(group).pools[0].name][2 - 1 :]
+    kept = pool.flatten(0, 1)[cached.slots(1)][..., :10]
+    assert torch.equal(kept, cached.keys[1].gather(2, channels))
+
+
+@pytest.mark.parametrize("method", ["quest", "fasa", "tokenselect"])
+def test_where_pages_lie_does_not_matter(tmp_path: Path, method: str) -> None:
+    settings: dict[str, Settings] = {
+        "quest": Quest(dense_below=0, budget=4 * PAGE),
+        "fasa": Fasa(dense_below=0, table=table(tmp_path)[0], budget=50, planes=5),
+        "tokenselect": SMALL,
+    }
+    found = []
+    for order in (1, 2):
+        cached = Cached([301], [100])
+        torch.manual_seed(order)
+        cached.table[0] = torch.randperm(cached.num_pages)[: cached.table.shape[1]]
+        group = Group(cached, settings[method])
+        group.write(cached.batch([(0, 0, 301)]))
+        found.append(group.choose(cached.batch([(0, 290, 301)])))
+    assert found[0] == found[1] and None not in found[0][0]
+
+
 SMALL = TokenSelect(dense_below=0, budget=60, sinks=5, local=30, threshold=2.0)
 
 
@@ -292,6 +343,17 @@ def test_tokenselect_takes_the_tokens_with_most_votes(size: int, length: int) ->
             continue
         want = middle(cached, s, cached.queries[s][position], n) | {*range(n - 30, n)}
         assert got[row] == [want] * KV_HEADS
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1), (14, 2), (16, 2)])
+def test_groups_of_any_size_vote(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int) -> None:
+    monkeypatch.setattr(harness, "HEADS", heads)
+    monkeypatch.setattr(harness, "KV_HEADS", kv_heads)
+    cached = Cached([217], [40])
+    group = Group(cached, SMALL)
+    group.write(cached.batch([(0, 0, 217)]))
+    want = middle(cached, 0, cached.queries[0][216], 217) | {*range(217 - 30, 217)}
+    assert group.choose(cached.batch([(0, 216, 217)])) == [[want] * kv_heads]
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -343,8 +405,21 @@ def test_the_selection_cache(size: int) -> None:
     assert rows[2][0] == [new | {*range(273, 303)}] * KV_HEADS
     other = middle(cached, 1, cached.queries[1][201], 202)
     assert rows[1][1] == [other | {*range(172, 202)}] * KV_HEADS  # each row of a batch by itself
-    counts = {(part.hits, part.misses) for part in group.parts}
+    counts = {(part.counts["choices_kept"], part.counts["choices_made"]) for part in group.parts}
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize(("threshold", "made"), [(-1.0, 1), (2.0, 9)])
+def test_a_threshold_that_all_or_none_reach(threshold: float, made: int) -> None:
+    """The first choice for ever, or a new one each time."""
+    cached = Cached([300], [40])
+    group = Group(cached, TokenSelect(dense_below=0, budget=60, sinks=5, local=30, threshold=threshold))
+    group.write(cached.batch([(0, 0, 300)]))
+    for n in range(201, 210):
+        asked = 200 if made == 1 else n - 1
+        want = middle(cached, 0, cached.queries[0][asked], asked + 1) | {*range(n - 30, n)}
+        assert group.choose(cached.batch([(0, n - 1, n)])) == [[want] * KV_HEADS]
+    assert part_of(group).counts == {"choices_kept": 9 - made, "choices_made": made}
 
 
 def test_a_choice_is_nobody_elses() -> None:
@@ -374,17 +449,33 @@ def test_budgets_are_the_requests_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "words"),
     [
-        Quest(dense_below=0, budget=PAGE),
-        TokenSelect(dense_below=0, budget=0),
-        TokenSelect(dense_below=0, local=0),
-        Fasa(),
-        Fasa(dense_below=0, table="x", planes=99),
-        Fasa(dense_below=0, table="x", sets="head"),  # type: ignore[arg-type]
-        Fasa(dense_below=0, table="x", memory="disk"),  # type: ignore[arg-type]
+        (Quest(dense_below=0, budget=PAGE), "budget=16 must be at least 32"),
+        (TokenSelect(dense_below=0, budget=0), "budget and local of at least 1"),
+        (TokenSelect(dense_below=0, local=0), "budget and local of at least 1"),
+        (Fasa(), "wants the table of this model"),
+        (Fasa(dense_below=0, table="x", planes=99), "1 to 16 planes, got 256 and 99"),
+        (Fasa(dense_below=0, table="x", budget=0), "a budget of at least 1"),
+        (LazyLlm(budget=0), "1 to 100 percent"),
+        (LazyLlm(budget=101), "1 to 100 percent"),
+        (LazyLlm(stages=0), "stages=0"),
+        (Fasa(dense_below=0, table="x", sets="head"), "sets='head' must be one of"),  # type: ignore[arg-type]
+        (Fasa(dense_below=0, table="x", memory="disk"), "memory='disk' must be"),  # type: ignore[arg-type]
     ],
 )
-def test_wrong_settings_are_refused(settings: object) -> None:
-    with pytest.raises(ValueError):
-        Group(Cached([20], [10]), settings)  # type: ignore[arg-type]
+def test_wrong_settings_are_refused(settings: Settings, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        Group(Cached([20], [10]), settings)
+    assert "\n" not in str(error.value)
+
+
+def test_what_there_is_not_is_refused() -> None:
+    for wanted, words in (
+        ({"name": "h2o"}, "selector='h2o' is not one of tokenselect"),
+        ({"name": "quest", "sinks": 3}, "quest has no setting 'sinks'; it has budget"),
+        ({"name": "quest", "budget": "many"}, "budget='many' must be of type int"),
+        ({"name": "quest", "budget": -1}, "budget=-1 must be from 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            registry.settings(wanted)

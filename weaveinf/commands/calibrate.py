@@ -73,7 +73,7 @@ class Observer(Selector):
     """Lets every row read all, and keeps the rotated queries of the latest batch."""
 
     def __init__(self, heads: Heads) -> None:
-        self.budgets = Budgets(heads, 0, 0, 0)
+        super().__init__(Budgets(heads, 0, 0, 0))
         self.queries = [torch.empty(0)] * heads.num_layers
 
     def choose(self, layer: int, q: Tensor, pool: Tensor, batch: Batch) -> Choosing:
@@ -90,19 +90,7 @@ def _observe(
     tokens = torch.tensor(token_ids)
     model = load_model(path, config, 0, 1, _CPU, torch.float32)
     pools = Pools(model.pool_specs, -(-len(tokens) // PAGE_SIZE), PAGE_SIZE, _CPU)
-    observer = Observer(
-        Heads(
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            kv_heads=model.kv_heads,
-            ranks=1,
-            max_num_seqs=1,
-            dtype=torch.float32,
-            device=_CPU,
-        )
-    )
+    observer = Observer(model.heads(max_num_seqs=1))
     model.bind(pools, observer)
     seam = LocalSeam(CHUNK, config.hidden_size, torch.float32, _CPU)
     votes = GlooVotes(None, 1, _CPU)

@@ -30,16 +30,14 @@ def run(args: argparse.Namespace) -> None:
             for prompt, output in zip(prompts, outputs, strict=True):
                 if args.json != "-":
                     _show(prompt, output)
-            write_json(
-                args.json,
-                what_ran(llm) | steps(llm) | {"outputs": [_plain(output) for output in outputs]},
-            )
+            trace = llm.engine.trace
+            chose = {"selector": {"name": trace.selector, "budget": trace.budget} | trace.choices}
+            result = what_ran(llm) | steps(llm) | (chose if trace.selector else {})
+            write_json(args.json, result | {"outputs": [_plain(output) for output in outputs]})
             for sample in (sample for output in outputs for sample in output.outputs):
                 if sample.finish_reason == "abort":
                     raise RuntimeError(f"an answer was aborted: {sample.stop_reason}")
         print(llm.engine.trace.summary(), file=sys.stderr)
-        if (selector := llm.engine.executor.worker.selector) and selector.summary:
-            print(selector.summary, file=sys.stderr)
     tell_trace(llm)
 
 
@@ -81,6 +79,7 @@ def _plain(output: RequestOutput) -> dict[str, Any]:
                 "token_ids": sample.token_ids,
                 "finish_reason": sample.finish_reason,
                 "stop_reason": sample.stop_reason,
+                "pruned": sample.pruned,
             }
             for sample in output.outputs
         ],

@@ -31,7 +31,6 @@ from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.comm.waits import wait_for
-from weaveinf.commands import emulate
 from weaveinf.commands.report import write_json
 from weaveinf.config import EngineConfig
 from weaveinf.engine.worker import Worker
@@ -46,8 +45,6 @@ Links = list[tuple[Block, Joint]]
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.emulate:
-        return emulate.run(args)
     if "RANK" not in os.environ:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         os.execv(sys.executable, [*start, str(args.tp or 2), "-m", "weaveinf", *sys.argv[1:]])

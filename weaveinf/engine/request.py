@@ -175,6 +175,8 @@ class Request:
     """"stop" | "length" | "abort" once finished."""
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it."""
+    pruned: bool | None = None
+    """See `CompletionOutput`."""
 
     limit: int = 0
     """Prompt and output tokens together never exceed this; set by `Scheduler.add`."""
@@ -212,7 +214,12 @@ class Request:
 
 @dataclass
 class CompletionOutput:
-    """One of the n samples of a prompt."""
+    """One of the n samples of a prompt.
+
+    pruned: whether the engine's selector, one that leaves rows of prompts behind (LazyLLM), served the whole
+    answer. It does not where the prompt is longer than a step, its log-probabilities or a budget of 0 are
+    asked for, or it was computed again after a preemption. None: the engine has no such selector.
+    """
 
     index: int
     text: str
@@ -220,6 +227,7 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
+    pruned: bool | None = None
 
 
 @dataclass
@@ -251,6 +259,10 @@ class RequestOutput:
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
         return self.outputs[0].logprobs
+
+    @property
+    def pruned(self) -> bool | None:
+        return self.outputs[0].pruned
 
 
 def mix_seed(seed: int, index: int) -> int:

@@ -87,6 +87,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()  # oldest first, all newer than any running one
         self._running: list[Request] = []  # oldest first
         self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self._released: list[int] = []  # slots given up since the last step was described
         self._flights: deque[_Flight] = deque()
         self._number = 0
 
@@ -233,6 +234,7 @@ class Scheduler:
     def _give_up(self, request: Request) -> None:
         self.blocks.release(request.blocks)
         self._slots.append(request.slot)
+        self._released.append(request.slot)
         request.blocks = []
         request.slot = -1
         request.num_computed = 0
@@ -315,7 +317,8 @@ class Scheduler:
         self._number += 1
         table = np.fromiter(rows, np.int32, len(rows)).reshape(len(runs), -1).T.copy()
         columns: list[Any] = [*table[:-1], table[-1] > 0]
-        flat = [np.array(ids, np.int64) for ids in (tokens, pages, targets)]
+        flat = [np.array(ids, np.int64) for ids in (tokens, pages, targets, self._released)]
+        self._released = []
         return Step(flight.number, admissions, *columns, *flat)
 
     def update(self, step: Step, output: StepOutput) -> list[tuple[Request, list[int]]]:
@@ -342,6 +345,8 @@ class Scheduler:
                 events.append((request, []))
                 continue
             request.output_token_ids.append(token)
+            if output.pruned is not None:
+                request.pruned = request.pruned is not False and output.pruned[i]
             if request.logprobs is not None:
                 request.logprobs.append(_token_logprob(request, token, output.logprobs, i))
             self._prefixes.publish(request)

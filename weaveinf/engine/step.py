@@ -14,7 +14,7 @@ Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 Float64s = NDArray[np.float64]
 
-MAGIC = 0x77656176_00000003
+MAGIC = 0x77656176_00000004
 """First word of a packed step; its low half is the layout's version."""
 
 PER_SEQUENCE = (
@@ -39,7 +39,7 @@ _FLOATS = (
     "presence_penalty",
 )
 _ARRAYS = ("banned_ids", "bias_ids", "bias_values", "prompt_token_ids", "output_token_ids")
-_HEADER = 10
+_HEADER = 11
 _FIXED = len(_INTEGERS) + len(_FLOATS) + len(_ARRAYS)
 
 
@@ -100,8 +100,9 @@ class Step:
     `cut`: rows of the first half, 0 where the step runs whole; `why` so, for rank 0's counters alone.
     `seam_ctas`: of seams under attention and under other blocks (`Plan`).
 
-    Flat int64 arrays, in sequence order: token_ids, new_pages, targets. Admissions come first: they
-    empty a slot's row before this step's pages are appended.
+    Flat int64 arrays, in sequence order: token_ids, new_pages, targets; and released: the slots of requests
+    that ended or were preempted since the step before, which come first. Then come admissions: they empty a
+    slot's row before this step's pages are appended.
     """
 
     number: int
@@ -118,6 +119,7 @@ class Step:
     token_ids: Int64s
     new_pages: Int64s
     targets: Int64s
+    released: Int64s = field(default_factory=_none)
     cut: int = 0
     seam_ctas: tuple[int, int] = (0, 0)
     why: str = ""
@@ -153,11 +155,12 @@ class Step:
                 len(self.admissions),
                 len(self.token_ids),
                 len(self.targets),
+                len(self.released),
             ],
             np.int64,
         )
         parts: list[Any] = [header, *[getattr(self, name) for name in PER_SEQUENCE]]
-        parts += [self.token_ids, self.new_pages, self.targets]
+        parts += [self.token_ids, self.new_pages, self.targets, self.released]
         for admission in self.admissions:
             parts += _pack_admission(admission)
         words: Int64s = np.concatenate(parts, dtype=np.int64, casting="safe")
@@ -172,8 +175,9 @@ class Step:
         """
         if words.dtype != np.int64 or words.ndim != 1 or len(words) < _HEADER or words[0] != MAGIC:
             raise ValueError("not a packed step")
-        total, number, cut, *ctas, sequences, admissions, tokens, targets = words[1:_HEADER].tolist()
-        if total != len(words) or min(sequences, admissions, tokens, targets) < 0:
+        total, number, cut, *ctas = words[1:6].tolist()
+        sequences, admissions, tokens, targets, released = counts = words[6:_HEADER].tolist()
+        if total != len(words) or min(counts) < 0:
             raise ValueError(f"a packed step of {total} words came as {len(words)}")
         reader = _Reader(words, _HEADER)
         wide = reader.take(len(PER_SEQUENCE) * sequences).reshape(len(PER_SEQUENCE), sequences)
@@ -190,6 +194,7 @@ class Step:
             token_ids=reader.take(tokens),
             new_pages=reader.take(int(rows["num_new_pages"].sum(dtype=np.int64))),
             targets=reader.take(targets),
+            released=reader.take(released),
             cut=cut,
             seam_ctas=(ctas[0], ctas[1]),
         )
@@ -215,12 +220,13 @@ class StepOutput:
 
     `logprobs`: one entry per sample, None where not asked for (or None for all).
     `prompt_logprobs`: one entry per sequence (or None for all): None where not asked for, else
-    num_query entries, None where the target is -1.
+    num_query entries, None where the target is -1. `pruned`: see `Selector.pruned`; one entry per sample.
     """
 
     tokens: Int64s
     logprobs: Sequence[SampledLogprobs | None] | None = None
     prompt_logprobs: Sequence[Sequence[SampledLogprobs | None] | None] | None = None
+    pruned: Sequence[bool] | None = None
 
 
 class _Reader:

@@ -26,9 +26,8 @@ from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import fingerprint, load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
-from weaveinf.selectors.hisa import Hisa
 from weaveinf.selectors.registry import settings
-from weaveinf.selectors.selector import Heads, Index, Selector
+from weaveinf.selectors.selector import Selector
 from weaveinf.trace import Trace
 from weaveinf.weave import timeline
 from weaveinf.weave.timeline import Recorder
@@ -118,28 +117,15 @@ class Worker:
             raise ValueError(f"{chosen.name} runs on CPUs only; use device='cpu' or selector=None")
         if any(window is not None for window in model.windows):
             raise ValueError(f"{chosen.name} cannot choose in a sliding window; use selector=None")
-        if model.latents is not None and not isinstance(chosen, Hisa):
+        if model.latents is not None and chosen.serves == "heads":
             raise ValueError(
                 f"{chosen.name} chooses by keys of heads, and this model caches latents; use None"
             )
-        index = None
-        if model.indexing is not None:
-            index = Index(model.indexing.top_k, model.indexing.dim, sum(model.indexing.layers))
-        heads = Heads(
-            num_layers=model.num_layers,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            kv_heads=self.model.kv_heads,
-            ranks=self.ranks.size,
-            max_num_seqs=config.max_num_seqs,
-            dtype=self.dtype,
-            device=self.ranks.device,
-            index=index,
-            rank=self.ranks.rank,
-            fingerprint="" if model.latents else fingerprint(self.path, model, config.load_format),
-        )
-        return chosen.make(heads, PAGE_SIZE)
+        print_ = "" if model.latents else fingerprint(self.path, model, config.load_format)
+        selector = chosen.make(self.model.heads(config.max_num_seqs, print_), PAGE_SIZE)
+        trace = self.trace
+        trace.selector, trace.budget, trace.choices = chosen.name, chosen.budget, selector.counts
+        return selector
 
     def _agree_on_pages(self, specs: list[PoolSpec]) -> int:
         """Pages of the cache: what the rank with the least room can hold, at most what can be used."""
@@ -192,6 +178,9 @@ class Worker:
     def execute(self, step: Step) -> StepOutput:
         """Runs one step; every rank of the engine runs the same steps in the same order."""
         began = time.perf_counter()
+        if self.selector is not None:
+            for slot in step.released.tolist():
+                self.selector.release(slot)
         for admission in step.admissions:
             self.sampler.admit(admission)
             self._num_blocks[admission.slot] = 0
@@ -205,6 +194,8 @@ class Worker:
                 self.selector.begin(batch, self.config.max_num_batched_tokens)
             x = self.weaver.run(batch, step.cut, step.seam_ctas)
             output = self.sampler.run(self.model.head, x, step)
+            if self.selector is not None:
+                output.pruned = self.selector.pruned(step.state_slot[step.output_position >= 0].tolist())
         if self._on_gpu:
             self.ranks.check()  # now all kernels of the step are over
         self.steps_done += 1

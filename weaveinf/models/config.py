@@ -160,7 +160,6 @@ class ModelConfig:
         from weaveinf.models.registry import family_of
 
         for key, remedy in (
-            ("auto_map", "it needs remote code, which is never run; use a model of a known family"),
             ("quantization_config", "its weights are quantized; use the unquantized checkpoint"),
             ("compression_config", "its weights are quantized; use the unquantized checkpoint"),
         ):
@@ -169,7 +168,14 @@ class ModelConfig:
         for key, neutral in _NEUTRAL.items():
             if raw.get(key) not in neutral:
                 raise ValueError(f"{where}: {key}={raw[key]!r} is not supported by these families")
-        config = family_of(raw, where).configure(Fields(raw, where))
+        family = family_of(raw, where)
+        # Published configs of known families name their authors' code too.
+        if raw.get("auto_map") and raw.get("model_type") != family.model_type:
+            raise ValueError(
+                f"{where} has 'auto_map', code that is never run, and model_type={raw.get('model_type')!r}: "
+                f"use a model of a known family, as {family.model_type!r}"
+            )
+        config = family.configure(Fields(raw, where))
         return config.limited_to(max_model_len) if max_model_len is not None else config
 
     @classmethod

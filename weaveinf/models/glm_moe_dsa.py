@@ -18,8 +18,8 @@ def scoring_layers(fields: Fields) -> tuple[bool, ...]:
     elif types is None:
         types = pattern
     if types is None:
-        every = fields.integer("index_topk_freq", 1)
-        first = fields.integer("index_skip_topk_offset", 2, least=0)
+        every = max(1, fields.integer("index_topk_freq", 1, least=0))
+        first = fields.integer("index_skip_topk_offset", 2, least=1 if every > 1 else 0)
         return tuple(max(i - first + 1, 0) % every == 0 for i in range(fields.layers))
     known = isinstance(types, list) and len(types) == fields.layers and not set(types) - {"full", "shared"}
     if not known or types[0] != "full":

@@ -136,11 +136,9 @@ class Indexer:
         return x if self.config.dim & (self.config.dim - 1) else index.hadamard(x)
 
     def _segments(self, batch: Batch) -> list[Segment]:
-        seq = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens_q.numpy()))
         if self.selector is not None:
             facts = RowFacts.of(batch, self.selector.budgets)
-            kinds = self.selector.kinds(facts.position, facts.budget)
-        else:
-            facts = RowFacts(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], seq * 0)
-            kinds = np.full_like(seq, FLAT)
-        return segments(batch, facts, np.where(facts.position < self.config.top_k, DENSE, kinds))
+            return segments(batch, facts, self.selector.kinds(facts))
+        seq = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens_q.numpy()))
+        facts = RowFacts(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], seq * 0)
+        return segments(batch, facts, np.where(facts.position < self.config.top_k, DENSE, FLAT))

@@ -27,7 +27,7 @@ from weaveinf.ops.linear import PackedWeight, linear
 from weaveinf.ops.moe import ExpertWeights, moe, route
 from weaveinf.ops.norm import rms_norm
 from weaveinf.ops.rope import rope_, write_kv
-from weaveinf.selectors.selector import Selector
+from weaveinf.selectors.selector import Heads, Index, Selector
 
 T = TypeVar("T")
 _KEPT = 32  # row counts of either half, for each kind of block
@@ -405,7 +405,6 @@ class Model:
     Attributes:
         chain: (block, joint) pairs; the joint is the norm that follows the block.
         head: rows [rows, hidden] of the last seam -> float32 [rows, vocab_shard].
-        kv_heads: this rank's, of the whole model's.
         vocab_start, vocab_shard: this rank's token ids are the range of that start and length.
         scratch: what all blocks share.
         closing: the weights of products that are all of a block's partial sums, without a bias.
@@ -433,8 +432,28 @@ class Model:
         self.closing = parts.closing
         self.scratch = parts.scratch
         self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
-        self.kv_heads = share.kv_heads
         self.pool_specs = self._attentions[0].pool_specs
+        self._share, self._dtype, self._device = share, parts.weights.dtype, parts.weights.device
+
+    def heads(self, max_num_seqs: int, fingerprint: str = "") -> Heads:
+        """What a selector must know, to choose for so many requests at a time."""
+        config, index = self.config, None
+        if (own := config.indexing) is not None:
+            index = Index(own.top_k, own.dim, sum(own.layers))
+        return Heads(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            kv_heads=self._share.kv_heads,
+            ranks=self._share.size,
+            max_num_seqs=max_num_seqs,
+            dtype=self._dtype,
+            device=self._device,
+            index=index,
+            rank=self._share.rank,
+            fingerprint=fingerprint,
+        )
 
     def bind(self, pools: Pools, selector: Selector | None = None) -> None:
         """Gives every attention layer its pages, and what chooses of them; needed before the first run."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
@@ -15,6 +17,7 @@ from weaveinf.ops import select
 from weaveinf.selectors.selector import (
     ANSWER,
     DENSE,
+    Budgets,
     Choosing,
     Heads,
     Memo,
@@ -72,7 +75,8 @@ class ByHead(Selector, ABC):
     """See above; of a method with `settings`, whose first `dense_layers` layers read all. Its `candidates`
     and `chosen` say how it chooses."""
 
-    def __init__(self, settings: object, dense_below: int, dense_layers: int) -> None:
+    def __init__(self, settings: object, budgets: Budgets, dense_below: int, dense_layers: int) -> None:
+        super().__init__(budgets)
         self._said, self._dense_below, self._dense_layers = repr(settings), dense_below, dense_layers
         self._memo = Memo()
 
@@ -90,10 +94,13 @@ class ByHead(Selector, ABC):
                 segment.chosen = yield from self.chosen(layer, q[segment.rows], heads)
         return [segment for segment, _ in found]
 
+    def kinds(self, facts: RowFacts) -> NDArray[np.integer[Any]]:
+        """See `Selector`."""
+        return np.where(facts.answers_beyond(self._dense_below), ANSWER, DENSE)
+
     def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
         facts = RowFacts.of(batch, self.budgets)
-        sparse = facts.answers_beyond(self._dense_below)
-        found = segments(batch, facts, np.where(sparse, ANSWER, DENSE))
+        found = segments(batch, facts, self.kinds(facts))
         return [(s, None if s.per_row is None else self.candidates(s.per_row)) for s in found]
 
     @abstractmethod

@@ -34,7 +34,7 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.by_head import ByHead, HeadsChoice
-from weaveinf.selectors.selector import Budgets, Choosing, Heads, PerRow, TokensOfHeads
+from weaveinf.selectors.selector import Budgets, Choosing, Heads, PerRow, Settings, TokensOfHeads
 
 Sets = Literal["kv_head", "query_head"]
 Memory = Literal["device", "host"]
@@ -44,7 +44,7 @@ _VECTOR = 16  # channels: what the kernels take at once
 
 
 @dataclass(frozen=True)
-class Fasa:
+class Fasa(Settings):
     """table: the file that `weaveinf calibrate` wrote for this model. budget: cached tokens that an answer's
     rows read for each KV head; planes: how many of a head's planes score them. dense_below: cached tokens up
     to which all are read, as choosing costs more than it saves. sets: whether it is each "kv_head" that
@@ -135,15 +135,16 @@ class FasaSelector(ByHead):
         for name, known in (("sets", get_args(Sets)), ("memory", get_args(Memory))):
             if (value := getattr(settings, name)) not in known:
                 raise ValueError(f"fasa: {name}={value!r} must be one of {', '.join(known)}")
-        super().__init__(settings, settings.dense_below, dense_layers=1)
-        self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
+        budgets = Budgets(heads, 1, settings.budget, settings.budget)
+        super().__init__(settings, budgets, settings.dense_below, dense_layers=1)
         self._settings, self._page, self._kv_heads = settings, page_size, len(heads.kv_heads)
         self._heads = heads = heads.apart if settings.sets == "query_head" else heads
         planes = load(settings.table, heads, settings.sets, settings.planes)
         width = -(-2 * settings.planes // _VECTOR) * _VECTOR
         self._channels = torch.full((*planes.shape[:2], width), -1, dtype=torch.int32)
         self._channels[..., : 2 * settings.planes] = torch.cat([planes, planes + half], dim=-1)
-        self.pools = [PoolSpec(POOL, (len(heads.kv_heads), width), heads.dtype, heads.num_layers)]
+        shape = (len(heads.kv_heads), width)
+        self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers - 1)]
         if settings.memory == "host":
             self.host_layers = range(1, heads.num_layers)
             shape = (self._kv_heads, heads.head_dim)
@@ -153,7 +154,7 @@ class FasaSelector(ByHead):
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
-        self._planes = pools[POOL]
+        self._planes = [torch.empty(0), *pools[POOL]]
         if self.host_layers:
             self._mirror = pools[MIRROR[0]][0], pools[MIRROR[1]][0]
 

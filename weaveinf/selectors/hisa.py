@@ -18,13 +18,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
-from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, Selector, slices
+from weaveinf.selectors.selector import (
+    DENSE,
+    Budgets,
+    Heads,
+    Memo,
+    PerRow,
+    RowFacts,
+    Selector,
+    Settings,
+    slices,
+)
 
 POOL = "hisa means"
 MOST = 1 << 30
@@ -34,11 +45,12 @@ FLAT, STAGED = 1, 2
 
 
 @dataclass(frozen=True)
-class Hisa:
+class Hisa(Settings):
     """block: tokens whose keys have one mean; blocks: how many of them are looked into. A request's budget
     is of the tokens of whole blocks; 0: no blocks, all tokens are scored."""
 
     name: ClassVar[str] = "hisa"
+    serves: ClassVar[str] = "index"
     block: int = 128
     blocks: int = 64
 
@@ -74,7 +86,7 @@ class HisaSelector(Selector):
                 f"{-(-heads.index.top_k // settings.block)}"
             )
         least = max(2, -(-heads.index.top_k // settings.block)) * settings.block
-        self.budgets = Budgets(heads, least, settings.budget, settings.budget)
+        super().__init__(Budgets(heads, least, settings.budget, settings.budget))
         self._settings, self._page, self._top_k = settings, page_size, heads.index.top_k
         self.pools = [PoolSpec(POOL, (heads.index.dim,), heads.dtype, heads.index.layers, "page")]
         self._means: list[Tensor] = []
@@ -107,10 +119,11 @@ class HisaSelector(Selector):
         columns = positions[rows, None] // self._page + np.arange(1 - per_block, 1)
         return torch.from_numpy(batch.block_table.numpy()[seqs[:, None], columns]).long()
 
-    def kinds(self, position: np.ndarray[Any, Any], budget: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """How rows that do not read all are served."""
-        budget = budget - budget % self._settings.block
-        return np.where((budget > 0) & (position >= budget), STAGED, FLAT)
+    def kinds(self, facts: RowFacts) -> NDArray[np.integer[Any]]:
+        """See `Selector`."""
+        budget = facts.budget - facts.budget % self._settings.block
+        found = np.where((budget > 0) & (facts.position >= budget), STAGED, FLAT)
+        return np.where(facts.position < self._top_k, DENSE, found)
 
     def choose_among_blocks(
         self, layer: int, q: Tensor, weights: Tensor, keys: IndexKeys, rows: PerRow

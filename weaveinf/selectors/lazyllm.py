@@ -7,7 +7,7 @@ stage chooses anew among all of the prompt's tokens; one that is chosen and was 
 store and is computed along with the row. So a token is computed at most once in each layer, and attention in
 a stage reads the chosen tokens and the answer's only.
 
-The store of a request is held until its state slot is another's, on every rank whole: what stays behind,
+The store of a request is held until the first step after its end, on every rank whole: what stays behind,
 times the hidden size, for each stage. Pages are shared with nobody.
 
 Positions stay what they were. A prompt that does not fit into one step, one whose log-probabilities are
@@ -16,7 +16,7 @@ wanted and one that is computed again after a preemption run whole: the last tok
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -39,6 +39,7 @@ from weaveinf.selectors.selector import (
     RowFacts,
     Segment,
     Selector,
+    Settings,
     Tokens,
     segments,
 )
@@ -47,7 +48,7 @@ Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class LazyLlm:
+class LazyLlm(Settings):
     """budget: percent of the prompt's tokens that go on from a stage to the next; stages: how many more there
     are than the first, which all tokens pass; they begin at even parts of the first nine tenths of the
     layers."""
@@ -107,7 +108,7 @@ class _Request:
 
 
 class LazySelector(Selector):
-    """See `Selector` and `RowPruner`."""
+    """See `Selector` and `RowPruner`. Counts prompts in place of rows: "prompts_pruned", "prompts_whole"."""
 
     publishes = False
 
@@ -117,7 +118,7 @@ class LazySelector(Selector):
                 f"lazyllm keeps 1 to 100 percent in at least one stage, got budget={settings.budget} and "
                 f"stages={settings.stages}"
             )
-        self.budgets = Budgets(heads, 1, 100, settings.budget)
+        super().__init__(Budgets(heads, 1, 100, settings.budget))
         self._heads, self._page = heads, page_size
         parts = {round(0.9 * (i + 1) / settings.stages * heads.num_layers) for i in range(settings.stages)}
         begin = sorted(layer for layer in parts if 0 < layer < heads.num_layers)
@@ -128,20 +129,21 @@ class LazySelector(Selector):
         self._fresh: set[int] = set()
         self._requests: dict[int, _Request] = {}
         self._room = 0
-        self._counts: Counter[str] = Counter()
         self._memo = Memo()
 
     def admit(self, slot: int, budget: int) -> None:
         """See `Selector`."""
         self.budgets.admit(slot, budget)
-        self._requests.pop(slot, None)
+        self.release(slot)
         self._fresh.add(slot)
 
-    @property
-    def summary(self) -> str:
+    def release(self, slot: int) -> None:
         """See `Selector`."""
-        pruned, whole = self._counts["pruned"], self._counts["whole"]
-        return f"lazyllm: {pruned} prompts pruned, {whole} run whole"
+        self._requests.pop(slot, None)
+
+    def pruned(self, slots: Sequence[int]) -> Sequence[bool]:
+        """See `Selector`."""
+        return [slot in self._requests for slot in slots]
 
     def begin(self, batch: Batch, most_rows: int) -> None:
         """See `Selector`: a prompt is pruned if all of it is in this step."""
@@ -155,7 +157,7 @@ class LazySelector(Selector):
             prompt, budget = int(batch.num_prompt_tokens[s]), int(self.budgets.of_slot[slot])
             whole = int(batch.positions[starts[s]]) == 0 and int(batch.seq_lens[s]) == prompt
             fits = whole and logits[s + 1] - logits[s] == 1
-            self._counts["pruned" if budget and fits else "whole"] += 1
+            self.counts["prompts_pruned" if budget and fits else "prompts_whole"] += 1
             if budget and fits:
                 self._requests[slot] = self._request(prompt, budget)
 

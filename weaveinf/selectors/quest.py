@@ -21,13 +21,13 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.by_head import ByHead, HeadsChoice
-from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, TokensOfHeads
+from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, Settings, TokensOfHeads
 
 POOL = "quest bounds"
 
 
 @dataclass(frozen=True)
-class Quest:
+class Quest(Settings):
     """budget: cached tokens that an answer's rows read for each KV head, in whole pages; the first
     `dense_layers` layers read all. dense_below: cached tokens up to which all are read, as choosing costs
     more than it saves."""
@@ -50,17 +50,18 @@ class QuestSelector(ByHead):
                 f"quest reads its first page and the last: budget={settings.budget} must be at least "
                 f"{2 * page_size}"
             )
-        super().__init__(settings, settings.dense_below, settings.dense_layers)
-        self.budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
+        budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
+        super().__init__(settings, budgets, settings.dense_below, settings.dense_layers)
         self._settings, self._heads, self._page = settings, heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
-        self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers, "page")]
+        layers = max(0, heads.num_layers - settings.dense_layers)
+        self.pools = [PoolSpec(POOL, shape, heads.dtype, layers, "page")]
         self._bounds: list[Tensor] = []
         self._touched = Memo()
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
-        self._bounds = pools[POOL]
+        self._bounds = [torch.empty(0)] * self._settings.dense_layers + pools[POOL]
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`. Bounds are made anew of all that a page holds by now, so nothing stays of what was

@@ -7,6 +7,7 @@ prompt's rule holds, from there on the answer's, also when the row is computed a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -167,10 +168,17 @@ Choosing = Generator[Tensor, Tensor, Sequence[Segment]]
 
 
 class Settings(Protocol):
-    """What a user may set of a method; a frozen dataclass, one file with its `Selector`."""
+    """What a user may set of a method; a frozen dataclass, one file with its `Selector`.
+
+    Attributes:
+        serves: whether it chooses by keys of "heads" or by those of a model's own "index".
+    """
 
     name: ClassVar[str]
-    budget: int
+    serves: ClassVar[str] = "heads"
+
+    @property
+    def budget(self) -> int: ...
 
     def make(self, heads: Heads, page_size: int) -> Selector:
         """ValueError where the model cannot carry it."""
@@ -185,23 +193,40 @@ class Selector:
         publishes: whether others may take over the pages of requests that it chooses for.
         pools: what it keeps for every token or page.
         host_layers: whose keys and values are in the host's memory, which it fetches them from (`Segment`).
+        counts: what it did; all count rows of steps by whether they read all, "rows_dense" or "rows_sparse".
     """
 
     row_align = 1
     publishes = True
     pools: Sequence[PoolSpec] = ()
     host_layers = range(0)
-    budgets: Budgets
+
+    def __init__(self, budgets: Budgets) -> None:
+        self.budgets = budgets
+        self.counts: Counter[str] = Counter()
 
     def admit(self, slot: int, budget: int) -> None:
         """A request takes a state slot, with a budget of its own or -1."""
         self.budgets.admit(slot, budget)
+
+    def release(self, slot: int) -> None:
+        """The request in a state slot has ended, or will begin anew."""
+
+    def pruned(self, slots: Sequence[int]) -> Sequence[bool] | None:
+        """Of these state slots, whether rows of the prompt may be left behind; None: it never does so."""
+        return None
 
     def bind(self, pools: Pools) -> None:
         """Gives it its pools."""
 
     def begin(self, batch: Batch, most_rows: int) -> None:
         """A step of this whole batch begins; a step has at most so many rows."""
+        sparse = int((self.kinds(RowFacts.of(batch, self.budgets)) != DENSE).sum())
+        self.counts.update(rows_dense=batch.num_tokens - sparse, rows_sparse=sparse)
+
+    def kinds(self, facts: RowFacts) -> NDArray[np.integer[Any]]:
+        """How each row is served; DENSE: it reads all."""
+        return np.full_like(facts.position, DENSE)
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """What else than the tokens shaped the page that ends at position `end` (exclusive), of a request of
@@ -215,12 +240,8 @@ class Selector:
         """Segments of all rows of q [rows, Hq, D], with what each may read of the cache; yields what it votes
         on."""
         yield from ()
-        return segments(batch, RowFacts.of(batch, self.budgets), np.full(batch.num_tokens, DENSE))
-
-    @property
-    def summary(self) -> str:
-        """What it did so far, in a few words; "" for nothing to say."""
-        return ""
+        facts = RowFacts.of(batch, self.budgets)
+        return segments(batch, facts, self.kinds(facts))
 
 
 @runtime_checkable

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weaveinf.cache.batch import Batch
@@ -33,6 +34,7 @@ from weaveinf.selectors.selector import (
     RowFacts,
     Segment,
     Selector,
+    Settings,
     Tokens,
     segments,
     slices,
@@ -43,7 +45,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class TokenSelect:
+class TokenSelect(Settings):
     """budget, sinks, local: tokens, see above. threshold: the cosine of two queries from which on a choice is
     kept; above 1 it never is. dense_below: cached tokens up to which all are read, as choosing costs more
     than it saves."""
@@ -60,7 +62,7 @@ class TokenSelect:
 
 
 class TokenSelector(Selector):
-    """See `Selector`."""
+    """See `Selector`. Counts choices of answers' rows too, in each layer: "choices_kept", "choices_made"."""
 
     row_align = CHUNK
 
@@ -70,8 +72,7 @@ class TokenSelector(Selector):
                 f"tokenselect wants budget and local of at least 1 and sinks of at least 0, got "
                 f"{settings.budget}, {settings.local} and {settings.sinks}"
             )
-        self.budgets = Budgets(heads, 1, settings.budget, settings.budget)
-        self.hits = self.misses = 0
+        super().__init__(Budgets(heads, 1, settings.budget, settings.budget))
         self._settings, self._heads, self._page = settings, heads, page_size
         self._forced = settings.sinks + settings.local
         layers, slots = heads.num_layers, heads.max_num_seqs
@@ -86,12 +87,6 @@ class TokenSelector(Selector):
         """See `Selector`."""
         self.budgets.admit(slot, budget)
         self._held[:, slot] = -1
-
-    @property
-    def summary(self) -> str:
-        """See `Selector`."""
-        tried = self.hits + self.misses
-        return f"tokenselect: {self.hits / tried:.0%} of {tried} choices kept" if tried else ""
 
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`. A whole chunk of the prompt shapes its pages alike in every prompt that goes on;
@@ -112,17 +107,20 @@ class TokenSelector(Selector):
                 segment.chosen = yield from self._for_prompts(q[segment.rows], pool, facts)
         return [segment for segment, _ in found]
 
-    def _segments(self, batch: Batch) -> list[tuple[Segment, _Answers | _Chunks | None]]:
-        facts = RowFacts.of(batch, self.budgets)
+    def kinds(self, facts: RowFacts) -> NDArray[np.integer[Any]]:
+        """See `Selector`."""
         asked = np.where(facts.position >= facts.prompt, ANSWER, PROMPT)
         # A chunk's middle ends `local` tokens before it, an answer's row's `local` tokens before its own end.
         seen = np.where(asked == ANSWER, facts.position + 1, facts.position // CHUNK * CHUNK)
         least = np.maximum(facts.budget + self._forced, self._settings.dense_below)
-        sparse = (facts.budget > 0) & (seen > least)
+        return np.where((facts.budget > 0) & (seen > least), asked, DENSE)
+
+    def _segments(self, batch: Batch) -> list[tuple[Segment, _Answers | _Chunks | None]]:
+        facts = RowFacts.of(batch, self.budgets)
         of_kind: dict[int, type[_Answers] | type[_Chunks]] = {ANSWER: _Answers, PROMPT: _Chunks}
         return [
             (s, None if s.per_row is None else of_kind[s.kind](s.per_row, self._settings, self._page))
-            for s in segments(batch, facts, np.where(sparse, asked, DENSE))
+            for s in segments(batch, facts, self.kinds(facts))
         ]
 
     def _middle(
@@ -158,8 +156,7 @@ class TokenSelector(Selector):
             self._queries[layer, slot[miss]] = flat[miss]
             self._choices[layer, slot[miss]] = found
         self._held[layer, slot] = facts.held
-        self.hits += len(hit) - len(miss)
-        self.misses += len(miss)
+        self.counts.update(choices_kept=len(hit) - len(miss), choices_made=len(miss))
         slots, counts = _packed(torch.cat([chosen, facts.local], 1), facts.full)
         return Tokens(slots, facts.starts, counts - 1)
 

@@ -1,5 +1,8 @@
-"""`weaveinf bench overlap --emulate N`: one GPU does what rank 0 of N would. No measurement of N GPUs.
+"""One GPU does what rank 0 of eight would: weaving beside the same steps whole. No measurement of eight GPUs.
 
+    python bench/emulate.py MODEL [--tokens N ...] [--pairs N] [--json FILE]
+
+MODEL is a directory with a config.json, as those in bench/shapes; weights are random.
 Blocks have the true shapes of a rank's shard. A seam runs csrc/cuda/seam.cu for rank 0's rows on N ranks'
 buffers, which all lie in this GPU's memory: they are read and written as often as rank 0's own memory would
 be by its peers. Then its CTAs wait until the time is over that 8 H100 needed for as many bytes with as many
@@ -10,6 +13,8 @@ costs a real one on the links is not in it. What is computed means nothing: the 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools
 from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.comm.symmetric import ALONE, Call, Memory, SymmetricSeam
-from weaveinf.commands.report import write_json
 from weaveinf.config import PAGE_SIZE
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import load_model
@@ -37,7 +42,7 @@ from weaveinf.weave.rehearsal import rehearsal
 from weaveinf.weave.run import run as run_chain
 from weaveinf.weave.waves import GPUS, GpuCosts
 
-_RANKS = 8
+RANKS = 8
 # Microseconds of 8 H100 by rows of 16 KiB (arXiv 2505.11329, its artifact's figures 4 and 10).
 _ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MULTIMEM = (16.5, 20.2, 28.1, 43.7, 74.8, 135.9, 257.2, 500.2, 986.0, 1956.6)
@@ -52,25 +57,28 @@ _ROW_BYTES = 16384
 _LINK = GPUS["h100"].link
 
 
-def run(args: argparse.Namespace) -> None:
-    if not torch.cuda.is_available():
-        raise ValueError("--emulate needs a GPU, which does the work of one rank of many")
-    if objection := cuda.objection():
-        raise ValueError(f"--emulate runs the seam of GPUs: {objection}")
-    if args.emulate != _RANKS:
-        raise ValueError(f"--emulate {args.emulate}: the times of others are published of {_RANKS} GPUs only")
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="of the prompts (512)")
+    parser.add_argument("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
     if min(*args.tokens, 2) < 2 or args.pairs < 1:
-        raise ValueError("--tokens must be at least 2, --pairs at least 1")
-    if args.decode or args.trace or args.tp:
-        raise ValueError("--emulate takes no --decode, --trace or --tp")
-    bench = Emulation(Path(args.model), args.emulate, max(args.tokens), torch.device("cuda", 0))
+        parser.error("--tokens must be at least 2, --pairs at least 1")
+    if objection := cuda.objection() if torch.cuda.is_available() else "there is none":
+        parser.error(f"this runs the seam of a GPU: {objection}")
+    bench = Emulation(Path(args.model), RANKS, max(args.tokens), torch.device("cuda", 0))
     cells = []
     for tokens in args.tokens:
         cells.append(bench.cell(tokens, args.pairs))
-        if args.json != "-":
-            print(_TEXT.format(size=args.emulate, **cells[-1]), flush=True)
-    about = {"model": args.model, "emulated_ranks": args.emulate, "gpu": torch.cuda.get_device_name(0)}
-    write_json(args.json, about | {"torch": torch.__version__, "pairs": args.pairs, "cells": cells})
+        print(_TEXT.format(size=RANKS, **cells[-1]), flush=True)
+    if args.json:
+        about = {"model": args.model, "emulated_ranks": RANKS, "gpu": torch.cuda.get_device_name(0)}
+        about |= {"torch": torch.__version__, "pairs": args.pairs, "cells": cells}
+        Path(args.json).write_text(json.dumps(about, indent=2) + "\n")
 
 
 _TEXT = (
@@ -214,3 +222,7 @@ class Emulation:
         ended.record()
         ended.synchronize()
         return began.elapsed_time(ended)
+
+
+if __name__ == "__main__":
+    main()
