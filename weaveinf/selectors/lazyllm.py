@@ -128,7 +128,8 @@ class LazySelector(Selector):
         self.boundaries = {1 + 2 * layer: stage for stage, layer in enumerate(begin, 1)}
         self._fresh: set[int] = set()
         self._requests: dict[int, _Request] = {}
-        self._room = 0
+        self._room = [0]
+        """Rows that may come back to each request in a step, by stage."""
         self._memo = Memo()
 
     def admit(self, slot: int, budget: int) -> None:
@@ -147,7 +148,6 @@ class LazySelector(Selector):
 
     def begin(self, batch: Batch, most_rows: int) -> None:
         """See `Selector`: a prompt is pruned if all of it is in this step."""
-        self._room = most_rows - batch.num_tokens
         starts = batch.cu_seqlens_q.numpy()
         logits = np.searchsorted(batch.logit_rows.numpy(), starts)
         for s, slot in enumerate(batch.state_slot.tolist()):
@@ -160,6 +160,16 @@ class LazySelector(Selector):
             self.counts["prompts_pruned" if budget and fits else "prompts_whole"] += 1
             if budget and fits:
                 self._requests[slot] = self._request(prompt, budget)
+        # Nobody's share depends on what the others want, nor on where the step is cut.
+        rows, answering = np.zeros(len(self._begin) + 1, np.int64), 0
+        for slot, count in zip(batch.state_slot.tolist(), np.diff(starts).tolist(), strict=True):
+            request = self._requests.get(slot)
+            answering += request is not None and count < request.prompt
+            for stage in range(len(rows)):
+                rows[stage] += count
+                if request is not None and count == request.prompt:
+                    count = -(-count * request.budget // 100)
+        self._room = ((most_rows - rows) // max(1, answering)).tolist()
 
     def _request(self, prompt: int, budget: int) -> _Request:
         stages = range(len(self._begin) + 1)
@@ -288,7 +298,6 @@ class LazySelector(Selector):
                 order = np.argsort(np.concatenate([own, back]), kind="stable")
                 state = torch.cat([state, store.take(back)])[order]
                 own = np.concatenate([own, back])[order]
-                self._room -= len(back)
         request.present[stage] |= chosen
         return own, state
 
@@ -307,12 +316,12 @@ class LazySelector(Selector):
         index = select.top_k(weights[None], all_, some, wanted)[0][0].numpy()
         chosen = np.zeros(request.prompt, np.bool_)
         chosen[positions[index]] = True
-        # A step has room for so many rows: the least attended of those that would come back stay away.
+        # The least attended of those that would come back, and have no room, stay away.
         missing = np.flatnonzero(chosen & ~request.present[stage]) if answers else positions[:0]
-        if len(missing) > self._room:
+        if len(missing) > self._room[stage]:
             at = np.searchsorted(positions, missing)
             back = torch.argsort(weights[at], descending=True, stable=True).numpy()
-            chosen[missing[back[self._room :]]] = False
+            chosen[missing[back[self._room[stage] :]]] = False
         request.chosen[stage] = chosen
 
     def _batch(self, batch: Batch, positions: list[Positions]) -> Batch:
