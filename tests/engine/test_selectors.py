@@ -11,6 +11,7 @@ from zlib import crc32
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.engine.harness import complete, near_ties, with_engines
 from tests.models.harness import make_checkpoint
@@ -26,7 +27,6 @@ from weaveinf.selectors.selector import Segment, Tokens, TokensOfHeads
 LENGTH = 10
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
 SIZES = {"num_hidden_layers": 4, "max_position_embeddings": 1536}
-KV_HEADS = 2
 METHODS: dict[str, dict[str, Any]] = {
     "tokenselect": {"budget": 40, "sinks": 4, "local": 20, "threshold": 2.0},
     "fasa": {"budget": 24, "planes": 6},
@@ -162,44 +162,43 @@ def asking(fresh: Any) -> None:
 
 
 def reads(ranks: Ranks, path: str, selector: dict[str, Any]) -> list[dict[int, list[int]]]:
-    """Of every layer's attention to something chosen, in order: what each row reads, by KV head of this rank
-    (-1: of all), as checksums."""
+    """Of every layer's attention to something chosen, in order: what each row reads, by head of this rank of
+    those that choose (-1: all together), as checksums."""
     found: list[dict[int, list[int]]] = []
     attend = Segment.attend
 
-    def noting(self: Segment, *args: Any) -> None:
+    def noting(self: Segment, q: Tensor, keys: Tensor, *args: Any) -> None:
         chosen = self.chosen
         if isinstance(chosen, TokensOfHeads):
-            heads = chosen.places.shape[1]
-            slots = [
-                [s[:n] // heads for s, n in zip(*of, strict=True)]
-                for of in zip(chosen.places, chosen.counts, strict=True)
+            by_head = zip(chosen.places.unbind(1), chosen.counts.unbind(1), strict=True)
+            rows = [
+                [checksum(s[:n] // keys.shape[2]) for s, n in zip(*head, strict=True)] for head in by_head
             ]
-            found.append({g: [checksum(row[g]) for row in slots] for g in range(heads)})
+            found.append(dict(enumerate(rows)))
         elif isinstance(chosen, Tokens):
             seq = torch.repeat_interleave(torch.arange(len(chosen.slots)), chosen.cu_seqlens.diff().long())
             ends = zip(seq, chosen.positions, strict=True)
             found.append({-1: [checksum(chosen.slots[s, : end + 1]) for s, end in ends]})
-        attend(self, *args)
+        attend(self, q, keys, *args)
 
     with mock.patch.object(Segment, "attend", noting):
         on_ranks(ranks, path, selector, "off", asking)
     return found
 
 
-def checksum(slots: torch.Tensor) -> int:
+def checksum(slots: Tensor) -> int:
     return crc32(slots.int().numpy().tobytes())
 
 
-def whole(by_rank: list[list[dict[int, list[int]]]], kv_heads: int) -> list[dict[int, list[int]]]:
-    """The same of all ranks together; ranks that hold the same KV head must agree."""
+def whole(by_rank: list[list[dict[int, list[int]]]], heads: int) -> list[dict[int, list[int]]]:
+    """The same of all ranks together; ranks that hold the same head must agree."""
     size = len(by_rank)
     out = []
     for call in zip(*by_rank, strict=True):
         merged: dict[int, list[int]] = {}
         for rank, own in enumerate(call):
             for g, rows in own.items():
-                head = g if g < 0 else rank * kv_heads // size + g
+                head = g if g < 0 else rank * heads // size + g
                 assert merged.setdefault(head, rows) == rows, "ranks differ"
         out.append(merged)
     return out
@@ -217,4 +216,4 @@ def test_all_ranks_read_the_same_however_many_they_are(tmp_path: Path, name: str
     want = reads(Ranks.single(torch.device("cpu")), str(tmp_path), chosen)
     assert len(want) > 3 * LENGTH
     for size in (2, 4):
-        assert whole(pool(size).run(reads, str(tmp_path), chosen), KV_HEADS) == want, f"{size} ranks"
+        assert whole(pool(size).run(reads, str(tmp_path), chosen), len(want[0])) == want, f"{size} ranks"

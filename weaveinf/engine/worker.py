@@ -121,8 +121,8 @@ class Worker:
             raise ValueError(
                 f"{chosen.name} chooses by keys of heads, and this model caches latents; use None"
             )
-        print_ = "" if model.latents else fingerprint(self.path, model, config.load_format)
-        selector = chosen.make(self.model.heads(config.max_num_seqs, print_), PAGE_SIZE)
+        known = "" if model.latents else fingerprint(self.path, model, config.load_format)
+        selector = chosen.make(self.model.heads(config.max_num_seqs, known), PAGE_SIZE)
         trace = self.trace
         trace.selector, trace.budget, trace.choices = chosen.name, chosen.budget, selector.counts
         return selector
