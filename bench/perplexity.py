@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fasa, query heads": ALWAYS | {"planes": 4, "sets": "query_head"},
     "tokenselect": ALWAYS | {"sinks": SINKS, "local": LOCAL},
     "tokenselect, no cache": ALWAYS | {"sinks": SINKS, "local": LOCAL, "threshold": 2.0},
+    "tokenselect, compacted": {"sinks": SINKS, "local": LOCAL, "positions": "compacted"},
 }
 """FASA's planes are a quarter of a head's, as in the paper, whose sets are of query heads. Quest leaves two
 of four layers dense."""

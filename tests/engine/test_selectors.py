@@ -29,6 +29,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
 SIZES = {"num_hidden_layers": 4, "max_position_embeddings": 1536}
 METHODS: dict[str, dict[str, Any]] = {
     "tokenselect": {"budget": 40, "sinks": 4, "local": 20, "threshold": 2.0},
+    "compacted": {
+        "name": "tokenselect",
+        "budget": 40,
+        "sinks": 4,
+        "local": 20,
+        "threshold": 2.0,
+        "positions": "compacted",
+    },
     "fasa": {"budget": 24, "planes": 6},
     "fasa, query heads": {"budget": 24, "planes": 6, "sets": "query_head"},
     "fasa, host": {"budget": 24, "planes": 6, "memory": "host"},

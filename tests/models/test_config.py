@@ -188,6 +188,10 @@ def test_the_length_of_requests() -> None:
     for wrong in (0, 129):
         with pytest.raises(ValueError, match=f"max_model_len={wrong} is outside 1..128"):
             parse().limited_to(wrong)
+    assert parse().limited_to(1000, 128).max_model_len == 1000
+    assert parse().limited_to(128, 1000).max_model_len == 128
+    with pytest.raises(ValueError, match="reads 129 at once"):
+        parse().limited_to(1000, 129)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ PAGE = 16
 HEADS, KV_HEADS, DIM, LAYERS = 8, 4, 32, 3
 MODEL = "this model's fingerprint"
 CPU = torch.device("cpu")
+TURNS = 4e4 ** (-torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2))
+"""Of each rotary plane for every position."""
+STRETCH = 1.25
+"""What the rotation multiplies by, as some scalings of it do."""
 
 
 class Cached:
@@ -70,6 +74,8 @@ class Group:
         self.cached, self.size = cached, size
         self._by_query = getattr(settings, "sets", "") == "query_head"
         self.heads, self.parts, self.pools = [], [], []
+        self.segments: list[list[Segment]] = []
+        """Of each rank, of the latest choice."""
         self._places: dict[int, dict[int, int]] = {}
         for rank in range(size):
             own = (
@@ -78,7 +84,8 @@ class Group:
                 else range(rank * KV_HEADS // size, rank * KV_HEADS // size + 1)
             )
             known = (len(cached.lengths), cached.dtype, CPU)
-            heads = Heads(LAYERS, HEADS, KV_HEADS, DIM, own, size, *known, rank=rank, fingerprint=MODEL)
+            model = {"rank": rank, "fingerprint": MODEL, "rotary": rotary(700)}
+            heads = Heads(LAYERS, HEADS, KV_HEADS, DIM, own, size, *known, **model)  # type: ignore[arg-type]
             part = settings.make(heads, PAGE)
             keys = PoolSpec("key", (len(own), DIM), cached.dtype, LAYERS)
             pools = Pools([keys, *part.pools], cached.num_pages, PAGE, CPU)
@@ -131,6 +138,7 @@ class Group:
             assert len(ballots) == self.size, "ranks vote in different places"
             total = torch.stack(ballots).sum(0)
             sent = [total.clone() for _ in turns]
+        self.segments = results
         return self._sets(batch, results)
 
     def _sets(self, batch: Batch, results: list[list[Segment]]) -> list[list[set[int] | None]]:
@@ -168,6 +176,19 @@ class Group:
         assert len(set(logical)) == len(logical), "a token is read twice"
         assert logical == sorted(logical)
         return set(logical)
+
+
+def rotary(positions: int) -> Tensor:
+    """As `rope_` takes it."""
+    angles = torch.arange(positions)[:, None] * TURNS
+    return (STRETCH * torch.cat([angles.cos(), angles.sin()], 1)).float()
+
+
+def turned(x: Tensor, position: int) -> Tensor:
+    """x [heads, D] by definition: float64."""
+    a, b = x.double().chunk(2, -1)
+    cos, sin = (position * TURNS).cos(), (position * TURNS).sin()
+    return STRETCH * torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def _sequences(batch: Batch) -> list[int]:

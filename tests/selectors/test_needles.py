@@ -13,6 +13,7 @@ import transformers
 
 from tests.engine.harness import complete, with_engines
 from tests.ranks import pool
+from weaveinf import LLM
 from weaveinf.comm.ranks import Ranks
 from weaveinf.commands.calibrate import calibrate
 from weaveinf.config import EngineConfig
@@ -105,6 +106,31 @@ def test_exact_with_room_for_all(needles: Any, model: Path, method: str | None, 
     for what, haystack, said in zip(wanted, haystacks, found, strict=True):
         for question, (tokens, likeliest) in zip(haystack.questions, said, strict=True):
             assert needles.is_right(question, tokens, likeliest), what
+
+
+def test_compacted_positions_find_what_lies_beyond_the_window(
+    needles: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a base of 2e5 the planes that carry the match turn too far within some thousand tokens: the model
+    is exact in a window of 768 tokens, and lost at ten times as many."""
+    shape = importlib.import_module("retrieval_model")
+    near, far, cases = 768, 8192, 8
+    monkeypatch.setattr(shape, "THETA", 2e5)
+    monkeypatch.setattr(shape, "CONFIG", shape.CONFIG | {"rope_theta": 2e5, "max_position_embeddings": far})
+    needles.write(tmp_path / "unlimited", torch.float32)
+    shape.CONFIG["max_position_embeddings"] = near
+    needles.write(tmp_path / "limited", torch.float32)
+    compacted = {"name": "tokenselect", "budget": 128, "sinks": 4, "local": 64, "positions": "compacted"}
+
+    def right(model: str, selector: dict[str, Any] | None, length: int) -> int:
+        settings: dict[str, Any] = {"max_num_seqs": cases, "kv_cache_gib": 0.1, "show_progress": False}
+        with LLM(str(tmp_path / model), selector=selector, max_model_len=length, **settings) as llm:
+            found: dict[str, int] = needles.ask(llm, needles.make("store", length, cases), None)[0]
+        return found["store"]
+
+    assert right("unlimited", None, near) == right("limited", compacted, near) == cases
+    assert right("unlimited", None, far) <= cases // 2
+    assert right("limited", compacted, far) == cases
 
 
 def test_calibration_ranks_the_planes_that_carry_the_match(needles: Any, model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,16 +18,18 @@ from tests.selectors.harness import (
     LAYERS,
     MODEL,
     PAGE,
+    STRETCH,
     Cached,
     Group,
     best,
     part_of,
     soft_vote,
     sums,
+    turned,
 )
 from weaveinf.cache.pools import PoolSpec, bytes_per_page
 from weaveinf.ops import select
-from weaveinf.selectors import registry
+from weaveinf.selectors import registry, tokenselect
 from weaveinf.selectors.fasa import Fasa, Memory, Sets, agreement, load, save
 from weaveinf.selectors.lazyllm import LazyLlm
 from weaveinf.selectors.quest import Quest
@@ -325,6 +328,7 @@ def middle(cached: Cached, s: int, q: torch.Tensor, seen: int, settings: TokenSe
     """The sinks and the best of the middle."""
     end = seen - settings.local
     votes = soft_vote(q, cached.keys[s][settings.sinks : end], 1.0).sum(0)
+    votes = votes.bfloat16() if settings.positions == "compacted" else votes
     return {*range(settings.sinks)} | best(votes, settings.budget, settings.sinks)
 
 
@@ -373,6 +377,90 @@ def test_a_prompt_chooses_by_chunks_wherever_it_is_cut(size: int, cuts: tuple[in
         kept = middle(cached, 0, mean, start)
         for position in {start, start + 1, end - 1}:
             assert got[position] == [kept | {*range(start - 30, position + 1)}] * KV_HEADS
+
+
+COMPACTED = replace(SMALL, positions="compacted", dense_below=8192)
+
+
+def at_distance(cached: Cached, s: int, positions: range, first: int) -> torch.Tensor:
+    """The mean query of rows that vote from `first` on; a key at position 0 is STRETCH times itself."""
+    rows = [turned(cached.queries[s][p], first + i) for i, p in enumerate(positions)]
+    return STRETCH * torch.stack(rows).mean(0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("length", [95, 96, 97, 400])
+def test_compacted_positions_vote_at_a_distance(size: int, length: int) -> None:
+    cached = Cached([length], [40])
+    group = Group(cached, COMPACTED, size)
+    group.write(cached.batch([(0, 0, length)]))
+    want = {*range(length)}
+    if length > 95:
+        asks = at_distance(cached, 0, range(length - 1, length), SMALL.local)
+        want = middle(cached, 0, asks, length, COMPACTED) | {*range(length - 30, length)}
+    assert group.choose(cached.batch([(0, length - 1, length)])) == [[want] * KV_HEADS]
+
+
+def test_rows_of_a_chunk_vote_from_their_places_in_it() -> None:
+    length = CHUNK + 100
+    cached = Cached([length], [length])
+    group = Group(cached, COMPACTED)
+    batch = cached.batch([(0, 0, length)])
+    group.write(batch)
+    got = group.choose(batch)
+    kept = middle(cached, 0, at_distance(cached, 0, range(CHUNK, length), SMALL.local), CHUNK, COMPACTED)
+    for position in (0, 1, CHUNK - 1):
+        assert got[position] == [{*range(position + 1)}] * KV_HEADS
+    for position in (CHUNK, CHUNK + 1, length - 1):
+        assert got[position] == [kept | {*range(CHUNK - 30, position + 1)}] * KV_HEADS
+
+
+@pytest.mark.parametrize("step", [1, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_read_stands_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, step: int
+) -> None:
+    """Of answers, of a chunk of a prompt and of those who read all; some sequences have no rows."""
+    monkeypatch.setattr(
+        tokenselect, "slices", lambda n, _: [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    )
+    lengths = [300, 96, 40, 50, CHUNK + 37, 200]
+    cached = Cached(lengths, [40, 20, 40, 50, CHUNK + 37, 20], dtype=dtype)
+    group = Group(cached, COMPACTED)
+    group.write(cached.batch([(s, 0, n) for s, n in enumerate(lengths)]))
+    rows = [(0, 299, 300), (1, 95, 96), (2, 30, 40), (3, 50, 50), (4, CHUNK, CHUNK + 37), (5, 50, 52)]
+    batch = cached.batch(rows)
+    sets = group.choose(batch)
+    at = [(s, p) for s, first, end in rows for p in range(first, end)]
+    q = torch.stack([cached.queries[s][p] for s, p in at])
+    pool = torch.full_like(group.pools[0]["key"][2], torch.nan)
+    values = [torch.randn(n, KV_HEADS, DIM).to(dtype) for n in lengths]
+    for s, each in enumerate(values):
+        pool.flatten(0, 1)[cached.slots(s)] = each
+    out = torch.full_like(q, torch.nan)
+    # A share is off by what its score is, and that is rounded in float32 as often as a head has channels.
+    tolerance = 4 * torch.finfo(dtype).eps + 4 * DIM * torch.finfo(torch.float32).eps
+    for segment in group.segments[0]:
+        segment.attend(q, group.pools[0]["key"][2], pool, DIM**-0.5, out)
+    for (s, position), read, got in zip(at, sets, out, strict=True):
+        assert read[0] is not None
+        tokens = sorted(read[0])
+        assert tokens[-1] == position
+        keys = torch.stack([turned(cached.keys[s][p], i) for i, p in enumerate(tokens)]).to(dtype)
+        asks = turned(cached.queries[s][position], len(tokens) - 1).to(dtype)
+        grouped = asks.double().view(KV_HEADS, -1, DIM)
+        shares = (torch.einsum("ghd,kgd->ghk", grouped, keys.double()) * DIM**-0.5).softmax(-1)
+        want = torch.einsum("ghk,kgd->ghd", shares, values[s][tokens].double()).flatten(0, 1)
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=0)
+
+
+def test_equal_keys_tie_where_positions_do_not_tell_them_apart() -> None:
+    """As those of a token's own kind in the first layer, but for how their products were rounded."""
+    cached = Cached([300], [40])
+    cached.keys[0][5:270] = cached.keys[0][5] * (1 + 1e-7 * torch.randn(265, 1, 1))
+    group = Group(cached, COMPACTED)
+    group.write(cached.batch([(0, 0, 300)]))
+    assert group.choose(cached.batch([(0, 299, 300)])) == [[{*range(65), *range(270, 300)}] * KV_HEADS]
 
 
 def test_a_query_votes_on_its_own_kv_head() -> None:
@@ -454,6 +542,7 @@ def test_budgets_are_the_requests_own() -> None:
         (Quest(dense_below=0, budget=PAGE), "budget=16 must be at least 32"),
         (TokenSelect(dense_below=0, budget=0), "budget and local of at least 1"),
         (TokenSelect(dense_below=0, local=0), "budget and local of at least 1"),
+        (TokenSelect(positions="other"), "must be one of original, compacted"),  # type: ignore[arg-type]
         (Fasa(), "wants the table of this model"),
         (Fasa(dense_below=0, table="x", planes=99), "1 to 16 planes, got 256 and 99"),
         (Fasa(dense_below=0, table="x", budget=0), "a budget of at least 1"),

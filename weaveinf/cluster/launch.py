@@ -27,6 +27,7 @@ from weaveinf.engine.step import Step, StepOutput
 from weaveinf.engine.worker import Progress, Worker
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import resolve
+from weaveinf.selectors.registry import at_once
 
 log = logging.getLogger("weaveinf")
 
@@ -62,7 +63,7 @@ def launch(config: EngineConfig, progress: Progress | None = None) -> Cluster:
 def _look_at_model(config: EngineConfig) -> Path:
     """Finds the most frequent mistakes before any process is started, and fetches the model once."""
     path = resolve(config.model, config.revision)
-    ModelConfig.from_path(path, config.max_model_len)
+    ModelConfig.from_path(path, config.max_model_len, at_once(config.selector))
     return path
 
 

@@ -114,6 +114,12 @@ class Engine:
         """
         if selector := self.executor.worker.selector:
             selector.budgets.resolved(params.selector_budget)
+            reach = self.model_config.rope.max_positions
+            if params.selector_budget == 0 and self.model_config.max_model_len > reach:
+                raise ValueError(
+                    f"selector_budget=0: with max_model_len above the {reach} positions that this model's "
+                    "rotary embedding reaches, no request may read all; leave it out"
+                )
         elif params.selector_budget:
             raise ValueError(
                 f"selector_budget={params.selector_budget} without a selector: every token is read"

@@ -26,7 +26,7 @@ from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import fingerprint, load_model, resolve
 from weaveinf.models.weights import Progress
 from weaveinf.ops import native
-from weaveinf.selectors.registry import settings
+from weaveinf.selectors.registry import at_once, settings
 from weaveinf.selectors.selector import Selector
 from weaveinf.trace import Trace
 from weaveinf.weave import timeline
@@ -57,7 +57,7 @@ class Worker:
         self.config = config
         self.ranks = ranks
         self.path = resolve(config.model, config.revision)
-        model_config = ModelConfig.from_path(self.path, config.max_model_len)
+        model_config = ModelConfig.from_path(self.path, config.max_model_len, at_once(config.selector))
         self.model_config = model_config.with_index_keys(config.index_keys)
         self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else self.model_config.dtype
         self._on_gpu = ranks.device.type == "cuda"

@@ -118,7 +118,8 @@ class ModelConfig:
         qkv_bias, output_bias, mlp_bias: biases of q/k/v, of the output projection, of the MLP.
         qk_norm: RMSNorm over each head's q and k before the rotation.
         latents: of a model that caches latents instead of keys and values; then head_dim is what is rotated.
-        max_model_len: positions that a request may use; the rotary table has as many rows.
+        max_model_len: positions that a request may use; the rotary table has as many rows, as far as its
+            frequencies reach.
         dtype: of the checkpoint, as its config says (float32 where it does not).
         eos_token_ids: of generation_config.json where it names any, else of config.json.
     """
@@ -149,9 +150,13 @@ class ModelConfig:
 
     @classmethod
     def from_dict(
-        cls, raw: Mapping[str, Any], max_model_len: int | None = None, where: str = "config.json"
+        cls,
+        raw: Mapping[str, Any],
+        max_model_len: int | None = None,
+        where: str = "config.json",
+        at_once: int | None = None,
     ) -> ModelConfig:
-        """Checks a parsed config.json.
+        """Checks a parsed config.json; see `limited_to`.
 
         Raises:
             ValueError: unknown or unsupported architecture, feature or value, naming it.
@@ -176,15 +181,17 @@ class ModelConfig:
                 f"use a model of a known family, as {family.model_type!r}"
             )
         config = family.configure(Fields(raw, where))
-        return config.limited_to(max_model_len) if max_model_len is not None else config
+        return config.limited_to(max_model_len, at_once) if max_model_len is not None else config
 
     @classmethod
-    def from_path(cls, path: str | Path, max_model_len: int | None = None) -> ModelConfig:
-        """Reads `path/config.json` (and the stop tokens of `generation_config.json`)."""
+    def from_path(
+        cls, path: str | Path, max_model_len: int | None = None, at_once: int | None = None
+    ) -> ModelConfig:
+        """Reads `path/config.json` (and the stop tokens of `generation_config.json`); see `limited_to`."""
         file = Path(path) / "config.json"
         if not file.is_file():
             raise ValueError(f"{file} does not exist: {path} is not a Hugging Face checkpoint")
-        config = cls.from_dict(read_json(file), max_model_len, str(file))
+        config = cls.from_dict(read_json(file), max_model_len, str(file), at_once)
         generation = Path(path) / "generation_config.json"
         if generation.is_file():
             fields = Fields(read_json(generation), str(generation))
@@ -192,12 +199,17 @@ class ModelConfig:
             config = replace(config, eos_token_ids=stops or config.eos_token_ids)
         return config
 
-    def limited_to(self, max_model_len: int) -> ModelConfig:
-        """The same model for requests of at most `max_model_len` positions."""
-        if not 1 <= max_model_len <= self.rope.max_positions:
+    def limited_to(self, max_model_len: int, at_once: int | None = None) -> ModelConfig:
+        """The same model for requests of at most `max_model_len` positions, of which attention has no more
+        than `at_once` before it at a time, numbered anew (None: all, by their own numbers)."""
+        reach = self.rope.max_positions
+        if not 1 <= min(max_model_len, at_once or max_model_len) <= reach:
+            remedy = "selector='tokenselect:positions=compacted' goes beyond"
+            if at_once is not None:
+                remedy = f"take a lower budget, as the selector reads {at_once} at once"
             raise ValueError(
-                f"max_model_len={max_model_len} is outside 1..{self.rope.max_positions}, "
-                "the positions this model's rotary embedding reaches"
+                f"max_model_len={max_model_len} is outside 1..{reach}, the positions this model's rotary "
+                f"embedding reaches; {remedy}"
             )
         return replace(self, max_model_len=max_model_len)
 

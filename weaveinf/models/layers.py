@@ -211,6 +211,7 @@ class Attention:
         self.o_bias = parts.row_bias(config.output_bias, f"{name}.o_proj.bias", config.hidden_size)
         self.keys = self.values = torch.empty(0)
         self.selector: Selector | None = None
+        self.rotates = True
         shape = (self.kv_heads, dim)
         self.pool_specs: Sequence[PoolSpec] = [
             PoolSpec(pool, shape, self.dtype, config.num_layers) for pool in ("key", "value")
@@ -220,6 +221,7 @@ class Attention:
         """Gives the layer its pages, [num_pages, page_size, kv_heads, head_dim], and what chooses of them."""
         self.keys, self.values = pools["key"][self.layer], pools["value"][self.layer]
         self.selector = selector
+        self.rotates = selector is None or not selector.unrotated
 
     def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> Kept | Generator[Tensor, Tensor, Kept]:
         assert x is not None
@@ -229,7 +231,8 @@ class Attention:
             if not self.last:
                 rms_norm(s.q, self.q_norm, self.eps, out=s.q)
             rms_norm(s.k, self.k_norm, self.eps, out=s.k)
-        rope_(s.k if self.last else s.qk, self.rotary, batch.positions)
+        if self.rotates:
+            rope_(s.k if self.last else s.qk, self.rotary, batch.positions)
         write_kv(s.k, s.v, self.keys, self.values, batch.slot_mapping)
         if self.selector is not None:
             self.selector.write(self.layer, s.k, self.keys, batch)
@@ -248,7 +251,8 @@ class Attention:
         linear(x, w_q, self.q_bias, out=s.q_rows)
         if self.q_norm is not None:
             rms_norm(s.q, self.q_norm, self.eps, out=s.q)
-        rope_(s.q, self.rotary, batch.positions)
+        if self.rotates:
+            rope_(s.q, self.rotary, batch.positions)
         return s
 
     def _attend(
@@ -430,7 +434,7 @@ class Model:
         own = not config.tie_word_embeddings or parts.weights.has("lm_head.weight")
         self.head = Head(parts, "lm_head.weight" if own else "model.embed_tokens.weight")
         self.closing = parts.closing
-        self.scratch = parts.scratch
+        self.scratch, self._rotary = parts.scratch, parts.rotary
         self.vocab_start, self.vocab_shard = share.vocab_start, share.vocab_shard
         self.pool_specs = self._attentions[0].pool_specs
         self._share, self._dtype, self._device = share, parts.weights.dtype, parts.weights.device
@@ -453,6 +457,7 @@ class Model:
             index=index,
             rank=self._share.rank,
             fingerprint=fingerprint,
+            rotary=self._rotary,
         )
 
     def bind(self, pools: Pools, selector: Selector | None = None) -> None:

@@ -72,7 +72,7 @@ def load_model(
     if load_format != "dummy":
         survey.check()
 
-    rotary = config.rope.table(config.max_model_len, device)
+    rotary = config.rope.table(min(config.max_model_len, config.rope.max_positions), device)
     weights = Weights(source, device, dtype, progress=progress, total=survey.total)
     return Model(Parts(config, share, weights, rotary, scratch), layer)
 

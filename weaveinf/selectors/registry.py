@@ -36,3 +36,8 @@ def settings(wanted: Mapping[str, Any]) -> Settings:
             raise ValueError(f"{name}: {key}={value} must be from 0 to {_MOST}")
     made: Settings = method(**given)
     return made
+
+
+def at_once(wanted: Mapping[str, Any] | None) -> int | None:
+    """See `Settings`."""
+    return settings(wanted).at_once if wanted else None

@@ -48,6 +48,7 @@ class Heads:
             these are more.
         rank: which of the ranks this one is.
         fingerprint: of the model (`models.loader.fingerprint`).
+        rotary: as `ops.rope.rope_` takes it; None where nobody rotates.
     """
 
     num_layers: int
@@ -62,6 +63,7 @@ class Heads:
     index: Index | None = None
     rank: int = 0
     fingerprint: str = ""
+    rotary: Tensor | None = None
 
     @property
     def apart(self) -> Heads:
@@ -172,6 +174,8 @@ class Settings(Protocol):
 
     Attributes:
         serves: whether it chooses by keys of "heads" or by those of a model's own "index".
+        at_once: positions that attention has before it at a time, at most, where they are numbered anew;
+            None: they are not.
     """
 
     name: ClassVar[str]
@@ -179,6 +183,10 @@ class Settings(Protocol):
 
     @property
     def budget(self) -> int: ...
+
+    @property
+    def at_once(self) -> int | None:
+        return None
 
     def make(self, heads: Heads, page_size: int) -> Selector:
         """ValueError where the model cannot carry it."""
@@ -190,6 +198,8 @@ class Selector:
 
     Attributes:
         row_align: prompts may be cut at multiples of this only (`cache.blocks.legal_cut`).
+        unrotated: whether keys are cached, and queries come to it, as they are before the rotary embedding:
+            then all its segments have `chosen`, which rotates both.
         publishes: whether others may take over the pages of requests that it chooses for.
         pools: what it keeps for every token or page.
         host_layers: whose keys and values are in the host's memory, which it fetches them from (`Segment`).
@@ -197,6 +207,7 @@ class Selector:
     """
 
     row_align = 1
+    unrotated = False
     publishes = True
     pools: Sequence[PoolSpec] = ()
     host_layers = range(0)

@@ -6,6 +6,13 @@ ones. A token's vote is the sum over query heads of softmax(q . k) over the midd
 what lies `local` tokens before the chunk and further back (4.3). An answer's row keeps the choice of the rows
 before it as long as its query is like the one that made it (the Selection Cache, 4.2).
 
+Positions are the tokens' own; or they are compacted, and then nothing is ever rotated further than the model
+was trained for, however long a context is. The keys are cached as they are before the rotation. What a row
+reads is numbered from 0 on in its order, and rotated as it is read; and all tokens of the middle are at the
+same distance of a row that votes, `local` and its place in its chunk (as in InfLLM, arXiv 2402.04617). In the
+first layer nothing then tells a token from the same one elsewhere but how the products that made their keys
+were rounded, which depends on what else was in a batch: votes are rounded to bfloat16, so that they tie.
+
 Queries vote on the keys of their own KV head, h // group; the authors' code takes h % kv_heads.
 """
 
@@ -13,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +29,8 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.ops import select
+from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.rope import rope_
 from weaveinf.selectors.selector import (
     ANSWER,
     DENSE,
@@ -40,6 +49,7 @@ from weaveinf.selectors.selector import (
     slices,
 )
 
+Positions = Literal["original", "compacted"]
 CHUNK = 512
 """Positions of a prompt that share a choice; chunks begin at multiples of it."""
 
@@ -47,8 +57,9 @@ CHUNK = 512
 @dataclass(frozen=True)
 class TokenSelect(Settings):
     """budget, sinks, local: tokens, see above. threshold: the cosine of two queries from which on a choice is
-    kept; above 1 it never is. dense_below: cached tokens up to which all are read, as choosing costs more
-    than it saves."""
+    kept; above 1 it never is. positions: "original" or "compacted". dense_below: cached tokens up to which
+    all are read, as choosing costs more than it saves; of no meaning where positions are compacted, as all
+    that is read must then be within sinks, budget and local."""
 
     name: ClassVar[str] = "tokenselect"
     budget: int = 2048
@@ -56,6 +67,13 @@ class TokenSelect(Settings):
     local: int = 512
     threshold: float = 0.9
     dense_below: int = 8192
+    positions: Positions = "original"
+
+    @property
+    def at_once(self) -> int | None:
+        """See `Settings`."""
+        most = self.sinks + self.budget + self.local + CHUNK
+        return most if self.positions == "compacted" else None
 
     def make(self, heads: Heads, page_size: int) -> TokenSelector:
         return TokenSelector(self, heads, page_size)
@@ -72,7 +90,16 @@ class TokenSelector(Selector):
                 f"tokenselect wants budget and local of at least 1 and sinks of at least 0, got "
                 f"{settings.budget}, {settings.local} and {settings.sinks}"
             )
+        if settings.positions not in (known := get_args(Positions)):
+            raise ValueError(
+                f"tokenselect: positions={settings.positions!r} must be one of {', '.join(known)}"
+            )
         super().__init__(Budgets(heads, 1, settings.budget, settings.budget))
+        self.unrotated = settings.positions == "compacted"
+        self._rotary = heads.rotary if self.unrotated else None
+        # A key at position 0 is itself, but for what some scalings multiply all they rotate by.
+        self._scale = 1.0 if self._rotary is None else float(self._rotary[0, 0])
+        self._dense_below = 0 if self.unrotated else settings.dense_below
         self._settings, self._heads, self._page = settings, heads, page_size
         self._forced = settings.sinks + settings.local
         layers, slots = heads.num_layers, heads.max_num_seqs
@@ -91,7 +118,7 @@ class TokenSelector(Selector):
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`. A whole chunk of the prompt shapes its pages alike in every prompt that goes on;
         the last one's rows are another mean in another prompt."""
-        if budget == 0 or end <= max(budget + self._forced, self._settings.dense_below):
+        if budget == 0 or end <= max(budget + self._forced, self._dense_below):
             return b""
         behind = -(-end // CHUNK) * CHUNK  # where the page's chunk ends
         until = -1 if behind <= prompt else prompt
@@ -101,10 +128,15 @@ class TokenSelector(Selector):
         """See `Selector`."""
         found = self._memo.get(batch, self._segments)
         for segment, facts in found:
+            if facts is None:
+                continue
+            asking = q[segment.rows]
+            if self._rotary is not None:
+                asking = rope_(asking.clone(), self._rotary, facts.distance)
             if isinstance(facts, _Answers):
-                segment.chosen = yield from self._for_answers(layer, q[segment.rows], pool, facts)
-            elif facts is not None:
-                segment.chosen = yield from self._for_prompts(q[segment.rows], pool, facts)
+                segment.chosen = yield from self._for_answers(layer, asking, pool, facts)
+            else:
+                segment.chosen = yield from self._for_prompts(asking, pool, facts)
         return [segment for segment, _ in found]
 
     def kinds(self, facts: RowFacts) -> NDArray[np.integer[Any]]:
@@ -112,16 +144,28 @@ class TokenSelector(Selector):
         asked = np.where(facts.position >= facts.prompt, ANSWER, PROMPT)
         # A chunk's middle ends `local` tokens before it, an answer's row's `local` tokens before its own end.
         seen = np.where(asked == ANSWER, facts.position + 1, facts.position // CHUNK * CHUNK)
-        least = np.maximum(facts.budget + self._forced, self._settings.dense_below)
+        least = np.maximum(facts.budget + self._forced, self._dense_below)
         return np.where((facts.budget > 0) & (seen > least), asked, DENSE)
 
     def _segments(self, batch: Batch) -> list[tuple[Segment, _Answers | _Chunks | None]]:
         facts = RowFacts.of(batch, self.budgets)
         of_kind: dict[int, type[_Answers] | type[_Chunks]] = {ANSWER: _Answers, PROMPT: _Chunks}
+        found = segments(batch, facts, self.kinds(facts))
+        for segment in found:
+            if self.unrotated and segment.per_row is None:
+                longest = int(segment.positions.max()) + 1
+                index = torch.arange(longest, dtype=torch.int32).repeat(len(segment.block_table), 1)
+                slots = _slots(index, segment.block_table, self._page)
+                segment.chosen = self._tokens(slots, segment.cu_seqlens, segment.positions)
         return [
             (s, None if s.per_row is None else of_kind[s.kind](s.per_row, self._settings, self._page))
-            for s in segments(batch, facts, self.kinds(facts))
+            for s in found
         ]
+
+    def _tokens(self, slots: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tokens:
+        if self._rotary is None:
+            return Tokens(slots, cu_seqlens, positions)
+        return Compacted(slots, cu_seqlens, positions, self._rotary)
 
     def _middle(
         self, q: Tensor, pool: Tensor, table: Tensor, seen: Tensor, budget: Tensor, longest: int
@@ -133,7 +177,9 @@ class TokenSelector(Selector):
         index = torch.empty(len(q), s.sinks + s.budget, dtype=torch.int32)
         for rows in slices(len(q), self._heads.num_kv_heads * longest):
             where = (table[rows], firsts[rows], ends[rows], longest - s.local)
-            votes = yield select.votes(q[rows], pool, *where, 1.0).sum(1)
+            votes = yield select.votes(q[rows], pool, *where, self._scale).sum(1)
+            if self.unrotated:
+                votes = votes.bfloat16().float()
             index[rows], _ = select.top_k(votes, ends[rows], budget[rows] + s.sinks, index.shape[1])
         return _slots(index, table, self._page)
 
@@ -158,13 +204,38 @@ class TokenSelector(Selector):
         self._held[layer, slot] = facts.held
         self.counts.update(choices_kept=len(hit) - len(miss), choices_made=len(miss))
         slots, counts = _packed(torch.cat([chosen, facts.local], 1), facts.full)
-        return Tokens(slots, facts.starts, counts - 1)
+        return self._tokens(slots, facts.starts, counts - 1)
 
     def _for_prompts(self, q: Tensor, pool: Tensor, facts: _Chunks) -> Generator[Tensor, Tensor, Tokens]:
         means = torch.stack([part.float().mean(0) for part in q.split(facts.lengths)]).to(q.dtype)
         chosen = yield from self._middle(means, pool, facts.table, facts.seen, facts.budget, facts.longest)
         slots, counts = _packed(torch.cat([chosen, facts.tail], 1), False)
-        return Tokens(slots, facts.starts, counts[facts.of_row] - 1 - facts.behind)
+        return self._tokens(slots, facts.starts, counts[facts.of_row] - 1 - facts.behind)
+
+
+@dataclass
+class Compacted(Tokens):
+    """Of keys that are cached unrotated: a sequence's tokens stand at positions 0, 1, ... in their order, and
+    its rows at theirs among them."""
+
+    rotary: Tensor
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """See `Chosen`."""
+        bounds = self.cu_seqlens.tolist()
+        for part in slices(len(self.slots), self.slots.shape[1] * keys[0, 0].numel()):
+            rows = slice(bounds[part.start], bounds[part.stop])
+            if rows.start == rows.stop:
+                continue
+            at = self.positions[rows]
+            places = torch.arange(int(at.max()) + 1, dtype=torch.int32)
+            slots = self.slots[part, : len(places)].long()
+            k, v = keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots]
+            rope_(k.flatten(0, 1), self.rotary, places.repeat(len(slots)))
+            turned = rope_(q[rows].clone(), self.rotary, at)
+            pages = torch.arange(len(slots), dtype=torch.int32).unsqueeze(1)
+            cu_seqlens = self.cu_seqlens[part.start : part.stop + 1] - rows.start
+            paged_attention(turned, k, v, pages, cu_seqlens, at, scale, out=out[rows])
 
 
 class _Answers:
@@ -175,6 +246,7 @@ class _Answers:
         held: the position that its slot holds from now on, -1 for none.
         local: slots of the latest tokens, int32 [rows, local].
         full: whether every row chooses as many as there is room for.
+        distance: how far behind keys a row stands as it votes, where positions are compacted; int32 [rows].
     """
 
     def __init__(self, rows: PerRow, settings: TokenSelect, page_size: int) -> None:
@@ -187,6 +259,7 @@ class _Answers:
         self.local = _slots(latest, rows.table, page_size)
         self.full = bool((rows.budget == settings.budget).all())
         self.starts = torch.arange(len(rows.slot) + 1, dtype=torch.int32)
+        self.distance = torch.full_like(rows.position, settings.local)
 
 
 class _Chunks:
@@ -196,6 +269,7 @@ class _Chunks:
         lengths, seen, budget, table: of each chunk, its rows, the tokens before it, and its request's.
         tail: slots of what is local to a chunk, and of the chunk; int32 [chunks, local + CHUNK], -1 behind
         them. of_row: each row's chunk. behind: how many rows of the chunk come after it (int32).
+        distance: as in `_Answers`.
     """
 
     def __init__(self, rows: PerRow, settings: TokenSelect, page_size: int) -> None:
@@ -212,6 +286,7 @@ class _Chunks:
         self.tail = _slots(tail.masked_fill(tail > last[:, None], -1), self.table, page_size)
         self.of_row = new.cumsum(0) - 1
         self.behind = last[self.of_row] - rows.position
+        self.distance = settings.local + rows.position - chunk
 
 
 def _slots(index: Tensor, table: Tensor, page_size: int) -> Tensor:
