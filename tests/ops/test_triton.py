@@ -58,6 +58,12 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
         "_rope": 1,
         "_write_kv": 1,
         "_silu_mul": 5,
+        "_score": 10,
+        "_vote": 4,
+        "_top_k": 10,
+        "_places": 2,
+        "_bounds": 2,
+        "_channels": 2,
         "_experts": 8,
         "_arrive": 16,
         "_await": 16,
@@ -67,7 +73,7 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
 
 
 def test_cpu_use_never_imports_triton(tmp_path: Path) -> None:
-    modules = "activation, attention, linear, moe, norm, rope, sampling"
+    modules = "activation, attention, index, linear, moe, norm, rope, sampling"
     printed = run(
         ["-c", f"import sys; from weaveinf.ops import {modules}; print(sorted(sys.modules))"], tmp_path
     )

@@ -78,10 +78,14 @@ def scores_reference(
 def scores(q: Tensor, weights: Tensor, keys: IndexKeys, table: Tensor, ends: Tensor, width: int) -> Tensor:
     """I above, float32 [rows, width]: q [rows, H, D], weights float32 [rows, H], of the keys at the first
     ends[r] (int32 [rows], at most width) positions of pages table[r] (int32 [rows, max_blocks]); anything
-    behind them. Queries are of the keys' dtype, or float32 where these have scales."""
+    behind them. Queries are of the keys' dtype, or FP8's values in float32 where these have scales."""
+    if q.is_cuda:
+        from weaveinf.ops import triton_select
+
+        return triton_select.index_scores(q, weights, *keys, table, ends, width)
     dtypes = (q.dtype, keys.values.dtype)
     known = dtypes in ((q.dtype, q.dtype), (torch.float32, FP8)) and q.dtype in native.DTYPES
-    if q.is_cuda or native.lib is None or not known or q.shape[2] % 16:
+    if native.lib is None or not known or q.shape[2] % 16:
         return scores_reference(q, weights, keys, table, ends, width)
     out = torch.empty(len(q), width)
     native.lib.weave_index(

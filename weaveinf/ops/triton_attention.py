@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 _FILL = 264  # programs that occupy an H100 (132 SMs) twice
-_MAX_SPLITS = 32
 
 
 @triton.jit
@@ -223,14 +222,14 @@ def paged_attention(
     reach = block_table.shape[1] * page_size
     if sliding_window is not None:
         reach = min(reach, sliding_window + block_m // group)
-    splits = _splits(tiles * kv_heads, reach // (4 * block_n))
-    if splits == 1:
+    shares = splits(tiles * kv_heads, reach // (4 * block_n))
+    if shares == 1:
         parts = out.unsqueeze(0)
         lse = out
     else:
-        parts = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
-    _attend[(tiles, kv_heads, splits)](
+        parts = torch.empty((shares, rows, heads, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((rows, heads, shares), dtype=torch.float32, device=q.device)
+    _attend[(tiles, kv_heads, shares)](
         q,
         key_pool,
         value_pool,
@@ -239,7 +238,7 @@ def paged_attention(
         positions,
         parts,
         lse,
-        scale * _LOG2E,
+        scale * LOG2E,
         seqs,
         block_table.stride(0),
         q.stride(0),
@@ -252,14 +251,14 @@ def paged_attention(
         GROUP=group,
         PAGE_SIZE=page_size,
         WINDOW=sliding_window or 0,
-        SPLITS=splits,
+        SPLITS=shares,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=4 if block_m <= 64 else 8,
         num_stages=2,
     )
-    if splits > 1:
+    if shares > 1:
         _join[(rows, heads)](
             parts,
             lse,
@@ -271,17 +270,17 @@ def paged_attention(
             out.stride(1),
             HEADS=heads,
             HEAD_DIM=head_dim,
-            SPLITS=splits,
+            SPLITS=shares,
             BLOCK_D=block_d,
             num_warps=2,
         )
     return out
 
 
-def _splits(programs: int, longest: int) -> int:
+def splits(programs: int, longest: int, most: int = 32) -> int:
     """How many programs share the keys of one tile: a power of two that fills the device, at most
-    `longest` (so that each has several key tiles when the context is as long as it can be)."""
-    splits = 1
-    while splits * 2 <= min(longest, _MAX_SPLITS) and programs * splits * 2 <= _FILL:
-        splits *= 2
-    return splits
+    `longest` (so that each has several key tiles when the context is as long as it can be) and `most`."""
+    shares = 1
+    while shares * 2 <= min(longest, most) and programs * shares * 2 <= _FILL:
+        shares *= 2
+    return shares
