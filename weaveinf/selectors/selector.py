@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.ops import select
@@ -79,13 +79,15 @@ class Heads:
 @dataclass
 class PerRow:
     """Of each row: its position and its request's budget (int32 [rows]), its pages (int32 [rows,
-    max_blocks]), its request's state slot (int64 [rows]). longest: tokens that a row has, at most."""
+    max_blocks]), its request's state slot (int64 [rows]). longest: tokens that a row has, at most. facts:
+    what the host knows of them."""
 
     position: Tensor
     budget: Tensor
     table: Tensor
     slot: Tensor
     longest: int
+    facts: RowFacts
 
 
 @dataclass
@@ -297,6 +299,7 @@ class RowFacts:
 
     @classmethod
     def of(cls, batch: Batch, budgets: Budgets) -> RowFacts:
+        batch = batch.host
         seq = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens_q.numpy()))
         budget = budgets.of_slot[batch.state_slot.numpy()]
         return cls(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], budget[seq])
@@ -310,19 +313,19 @@ class RowFacts:
 def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> list[Segment]:
     """The batch cut where rows begin to be served otherwise; `kinds`: of each row."""
     edges = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1)).tolist()
-    starts = batch.cu_seqlens_q.numpy()
+    starts, device = batch.host.cu_seqlens_q.numpy(), batch.positions.device
     out = []
     for start, end in pairwise(edges):
         rows, seqs = slice(start, end), slice(int(facts.seq[start]), int(facts.seq[end - 1]) + 1)
         cu = np.clip(starts[seqs.start : seqs.stop + 1] - start, 0, end - start)
         per_row = None
         if kinds[start] != DENSE:
-            seq = torch.from_numpy(facts.seq[rows]).long()
-            budget = torch.from_numpy(facts.budget[rows])
-            table, slot = batch.block_table[seq], batch.state_slot[seq].long()
-            longest = int(facts.position[rows].max()) + 1
-            per_row = PerRow(batch.positions[rows], budget, table, slot, longest)
-        where = (torch.from_numpy(cu), batch.block_table[seqs], batch.positions[rows])
+            own = RowFacts(facts.seq[rows], facts.position[rows], facts.prompt[rows], facts.budget[rows])
+            seq, budget = (put(torch.from_numpy(x), device) for x in (own.seq, own.budget))
+            table, slot = batch.block_table[seq.long()], batch.state_slot[seq.long()].long()
+            longest = int(own.position.max()) + 1
+            per_row = PerRow(batch.positions[rows], budget, table, slot, longest, own)
+        where = (put(torch.from_numpy(cu), device), batch.block_table[seqs], batch.positions[rows])
         out.append(Segment(int(kinds[start]), rows, *where, per_row))
     return out
 
