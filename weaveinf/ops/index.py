@@ -89,23 +89,9 @@ def scores(q: Tensor, weights: Tensor, keys: IndexKeys, table: Tensor, ends: Ten
         return scores_reference(q, weights, keys, table, ends, width)
     out = torch.empty(len(q), width)
     native.lib.weave_index(
-        q.data_ptr(),
-        keys.values.data_ptr(),
-        out.data_ptr(),
-        weights.data_ptr(),
-        0 if keys.scales is None else keys.scales.data_ptr(),
-        table.data_ptr(),
-        ends.data_ptr(),
-        q.stride(0),
-        q.stride(1),
-        table.stride(0),
-        q.shape[0],
-        q.shape[1],
-        q.shape[2],
-        keys.page_size,
-        width,
-        native.DTYPES[q.dtype],
-        torch.get_num_threads(),
+        *native.pointers(q, keys.values, out, weights, keys.scales, table, ends),
+        *(q.stride(0), q.stride(1), table.stride(0), *q.shape, keys.page_size, width),
+        *(native.DTYPES[q.dtype], torch.get_num_threads()),
     )
     return out
 

@@ -81,29 +81,12 @@ def votes(
         return triton_select.votes(q, keys, (table, firsts, ends), width, scale, channels, soft)
     if native.lib is None or q.dtype not in native.DTYPES or dim % 16 or dim > _MOST_CHANNELS:
         return votes_reference(q, keys, table, firsts, ends, width, scale, channels, soft)
-    out = torch.empty(q.shape[0], keys.shape[2], width)
+    out, threads = torch.empty(q.shape[0], keys.shape[2], width), torch.get_num_threads()
     native.lib.weave_votes(
-        q.data_ptr(),
-        keys.data_ptr(),
-        out.data_ptr(),
-        table.data_ptr(),
-        firsts.data_ptr(),
-        ends.data_ptr(),
-        0 if channels is None else channels.data_ptr(),
-        q.stride(0),
-        q.stride(1),
-        table.stride(0),
-        q.shape[0],
-        q.shape[1],
-        keys.shape[2],
-        dim,
-        keys.shape[1],
-        width,
-        channels is None and q.shape[2] != dim,
-        soft,
-        native.DTYPES[q.dtype],
-        torch.get_num_threads(),
-        scale,
+        *native.pointers(q, keys, out, table, firsts, ends, channels),
+        *(q.stride(0), q.stride(1), table.stride(0)),
+        *(q.shape[0], q.shape[1], keys.shape[2], dim, keys.shape[1], width),
+        *(channels is None and q.shape[2] != dim, soft, native.DTYPES[q.dtype], threads, scale),
     )
     return out
 
@@ -140,15 +123,7 @@ def top_k(scores: Tensor, ends: Tensor, wanted: Tensor, capacity: int) -> tuple[
     out = torch.empty(scores.shape[0], capacity, dtype=torch.int32)
     counts = torch.empty(scores.shape[0], dtype=torch.int32)
     native.lib.weave_top_k(
-        scores.data_ptr(),
-        ends.data_ptr(),
-        wanted.data_ptr(),
-        out.data_ptr(),
-        counts.data_ptr(),
-        scores.shape[0],
-        scores.shape[1],
-        capacity,
-        torch.get_num_threads(),
+        *native.pointers(scores, ends, wanted, out, counts), *scores.shape, capacity, torch.get_num_threads()
     )
     return out, counts
 
@@ -176,16 +151,8 @@ def places(index: Tensor, table: Tensor, page_size: int, run: int = 1) -> Tensor
     rows, kv_heads, count = index.shape
     out = torch.empty(rows, kv_heads, count * run, dtype=torch.int32)
     native.lib.weave_places(
-        index.data_ptr(),
-        table.data_ptr(),
-        out.data_ptr(),
-        table.stride(0),
-        rows,
-        kv_heads,
-        count,
-        run,
-        page_size,
-        torch.get_num_threads(),
+        *native.pointers(index, table, out),
+        *(table.stride(0), rows, kv_heads, count, run, page_size, torch.get_num_threads()),
     )
     return out
 
@@ -215,26 +182,17 @@ def write_bounds(keys: Tensor, bounds: Tensor, pages: Tensor, counts: Tensor) ->
     if keys.is_cuda:
         from weaveinf.ops import triton_select
 
-        return triton_select.write_bounds(keys, bounds, pages, counts)
-    if native.lib is None or keys.dtype not in native.DTYPES:
+        triton_select.write_bounds(keys, bounds, pages, counts)
+    elif native.lib is None or keys.dtype not in native.DTYPES:
         held = keys[pages]
         beyond = (torch.arange(page_size, device=keys.device) >= counts[:, None])[:, :, None, None]
         bounds[pages, :, :dim] = held.masked_fill(beyond, -torch.inf).amax(1)
         bounds[pages, :, dim:] = held.masked_fill(beyond, torch.inf).amin(1)
-        return None
-    native.lib.weave_bounds(
-        keys.data_ptr(),
-        bounds.data_ptr(),
-        pages.data_ptr(),
-        counts.data_ptr(),
-        len(pages),
-        kv_heads,
-        dim,
-        page_size,
-        native.DTYPES[keys.dtype],
-        torch.get_num_threads(),
-    )
-    return None
+    else:
+        native.lib.weave_bounds(
+            *native.pointers(keys, bounds, pages, counts),
+            *(len(pages), kv_heads, dim, page_size, native.DTYPES[keys.dtype], torch.get_num_threads()),
+        )
 
 
 def write_channels(keys: Tensor, pool: Tensor, channels: Tensor, slots: Tensor) -> None:
@@ -244,24 +202,15 @@ def write_channels(keys: Tensor, pool: Tensor, channels: Tensor, slots: Tensor) 
     if keys.is_cuda:
         from weaveinf.ops import triton_select
 
-        return triton_select.write_channels(keys, pool, channels, slots)
-    if native.lib is None or keys.stride()[1:] != (dim, 1):
+        triton_select.write_channels(keys, pool, channels, slots)
+    elif native.lib is None or keys.stride()[1:] != (dim, 1):
         real = slots >= 0
         pool.flatten(0, 1)[slots[real].long()] = _picked(keys, channels)[real]
-        return None
-    native.lib.weave_planes(
-        keys.data_ptr(),
-        pool.data_ptr(),
-        channels.data_ptr(),
-        slots.data_ptr(),
-        keys.stride(0),
-        rows,
-        kv_heads,
-        dim,
-        channels.shape[1],
-        keys.element_size(),
-    )
-    return None
+    else:
+        native.lib.weave_planes(
+            *native.pointers(keys, pool, channels, slots),
+            *(keys.stride(0), rows, kv_heads, dim, channels.shape[1], keys.element_size()),
+        )
 
 
 def fetch(pool: Tensor, rows: Tensor, mirror: Tensor) -> None:

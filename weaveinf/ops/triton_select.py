@@ -66,11 +66,8 @@ def _score(
         ok = at < stop
         page = tl.load(table + row * strides[2] + at // page_size, mask=ok, other=0).to(tl.int64)
         slot = page * page_size + at % page_size
-        k_nd = tl.load(
-            keys + (slot * kv_heads + kv_head)[:, None] * dim + d[None, :],
-            mask=ok[:, None] & (d < dim)[None, :],
-            other=0.0,
-        )
+        at_nd = (slot * kv_heads + kv_head)[:, None] * dim + d[None, :]
+        k_nd = tl.load(keys + at_nd, mask=ok[:, None] & (d < dim)[None, :], other=0.0)
         s_mn = tl.dot(q_md, tl.trans(k_nd.to(q_md.dtype)), input_precision="ieee") * scale
         if weights is not None:
             s_mn = tl.where(s_mn < 0, 0.0, s_mn) * weight[:, None]  # NaN stays
