@@ -390,6 +390,15 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
         check_attention,
         {"page_size": 1, "lengths": (90,), "rows_each": (50,)},
     ),
+    # As of latents: one wide KV head, whose queries are many, or no multiple of a tile.
+    "attention: wide": (
+        check_attention,
+        {"head_dim": 288, "kv_heads": 1, "group": 48, "lengths": (37, 5), "rows_each": (3, 1)},
+    ),
+    "attention: wide, groups of 5": (
+        check_attention,
+        {"head_dim": 264, "kv_heads": 1, "group": 5, "lengths": (37,), "rows_each": (1,), "page_size": 1},
+    ),
     "votes": (check_votes, {"group": 2, "kv_heads": 2, "dim": 32, "page_size": 16}),
     "votes: groups of 7, pages of 5": (
         check_votes,

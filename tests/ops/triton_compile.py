@@ -4,7 +4,7 @@
 
 calls them with tensors of realistic shapes; every launch becomes a compilation down to the cubin for
 compute capability 9.0, with the specialisation that the launch would have. Nothing is run, so the kernels
-are known to compile, and no more. Prints one line a kernel: name, dtype, grid, bytes.
+are known to compile, and no more. Prints one line a kernel: name, dtype, grid, bytes, bytes of shared memory.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ def attention(dtype: torch.dtype, rows: int, seqs: int, window: int | None) -> N
         128**-0.5,
         window,
     )
+
+
+def latents(dtype: torch.dtype, heads: int) -> None:
+    """As DeepSeek-V3's latent attention would call it, over chosen tokens."""
+    pool = torch.zeros(64, 1, 1, 576, dtype=dtype)
+    table, starts = torch.zeros(8, 2048, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    q = torch.zeros(8, heads, 576, dtype=dtype)
+    triton_attention.paged_attention(q, pool, pool, table, starts, starts[:8], 576**-0.5)
 
 
 def elementwise(dtype: torch.dtype) -> None:
@@ -131,6 +139,8 @@ if __name__ == "__main__":
     for rows, seqs, window in ((1000, 2, None), (1000, 2, 4096), (48, 8, None), (8, 8, 4096)):
         attention(torch.bfloat16, rows, seqs, window)
     attention(torch.float32, 8, 8, None)
+    latents(torch.bfloat16, 128)
+    latents(torch.float32, 16)
     elementwise(torch.bfloat16)
     choosing(torch.bfloat16, 1)
     choosing(torch.bfloat16, 100)

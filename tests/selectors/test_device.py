@@ -90,7 +90,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "paged_attention", attention)
 
 
-@pytest.mark.parametrize("method", ["tokenselect", "fasa", "fasa, query heads", "quest"])
+@pytest.mark.parametrize("method", ["tokenselect", "fasa", "fasa, query heads", "fasa, host", "quest"])
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_the_host_waits_for_nothing(tmp_path: Path, method: str, ranks: int) -> None:
     path = table(tmp_path)[0] if method.startswith("fasa") else ""
@@ -98,6 +98,7 @@ def test_the_host_waits_for_nothing(tmp_path: Path, method: str, ranks: int) -> 
         "tokenselect": TokenSelect(dense_below=0, budget=60, sinks=5, local=30),
         "fasa": Fasa(dense_below=0, table=path, budget=50, planes=5),
         "fasa, query heads": Fasa(dense_below=0, table=path, budget=50, planes=5, sets="query_head"),
+        "fasa, host": Fasa(dense_below=0, table=path, budget=50, planes=5, memory="host"),
         "quest": Quest(dense_below=0, budget=4 * PAGE),
     }[method]
     cached, of = Cached(LENGTHS, PROMPTS), heads(META, ranks)

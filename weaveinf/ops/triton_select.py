@@ -265,7 +265,7 @@ def top_k(scores: Tensor, ends: Tensor, wanted: Tensor, capacity: int) -> tuple[
     found = torch.minimum(ends, wanted).clamp(max=capacity)
     counts = torch.empty(rows, passes, parts, 256, dtype=torch.int32, device=scores.device)
     for i in range(passes + 1):
-        _top_k[(rows, parts)](scores, ends, found, counts, out, width, capacity, i, parts)
+        _top_k[(rows, parts)](scores, ends, found, counts, out, width, capacity, i, parts, num_warps=8)
     return out, found
 
 

@@ -97,6 +97,7 @@ class Segment:
     Attributes:
         rows: of the batch.
         cu_seqlens, block_table, positions: as a batch has them, of these rows.
+        facts: what the host knows of them.
         per_row: None where all is read.
         chosen: which cached tokens each row may read; None for all.
         mirror: where what is read of keys and values is brought to first, from the host's memory: pages like
@@ -108,6 +109,7 @@ class Segment:
     cu_seqlens: Tensor
     block_table: Tensor
     positions: Tensor
+    facts: RowFacts
     per_row: PerRow | None
     chosen: Chosen | None = None
     mirror: tuple[Tensor, Tensor] | None = None
@@ -132,9 +134,12 @@ class Segment:
     def _pages(self) -> Tensor:
         """All pages that are read."""
         assert self.mirror is not None
-        last = self.positions[self.cu_seqlens[1:].long() - 1]
-        begins = torch.arange(self.block_table.shape[1], device=last.device) * self.mirror[0].shape[1]
-        return self.block_table[begins <= last[:, None]]
+        seq = self.facts.seq - self.facts.seq[0]
+        last = np.flatnonzero(np.diff(seq, append=-1))
+        counts = self.facts.position[last] // self.mirror[0].shape[1] + 1
+        pages = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        at = put(torch.from_numpy(np.stack([np.repeat(seq[last], counts), pages])), self.positions.device)
+        return self.block_table[at[0], at[1]]
 
 
 class Chosen(Protocol):
@@ -318,15 +323,15 @@ def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> 
     for start, end in pairwise(edges):
         rows, seqs = slice(start, end), slice(int(facts.seq[start]), int(facts.seq[end - 1]) + 1)
         cu = np.clip(starts[seqs.start : seqs.stop + 1] - start, 0, end - start)
+        own = RowFacts(facts.seq[rows], facts.position[rows], facts.prompt[rows], facts.budget[rows])
         per_row = None
         if kinds[start] != DENSE:
-            own = RowFacts(facts.seq[rows], facts.position[rows], facts.prompt[rows], facts.budget[rows])
             seq, budget = (put(torch.from_numpy(x), device) for x in (own.seq, own.budget))
             table, slot = batch.block_table[seq.long()], batch.state_slot[seq.long()].long()
             longest = int(own.position.max()) + 1
             per_row = PerRow(batch.positions[rows], budget, table, slot, longest, own)
         where = (put(torch.from_numpy(cu), device), batch.block_table[seqs], batch.positions[rows])
-        out.append(Segment(int(kinds[start]), rows, *where, per_row))
+        out.append(Segment(int(kinds[start]), rows, *where, own, per_row))
     return out
 
 
