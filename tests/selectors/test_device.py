@@ -137,7 +137,7 @@ def test_hisa_waits_for_nothing() -> None:
     batch = cached.batch(ROWS).to(META)
     part.write_index(0, keys, batch)
     facts = RowFacts.of(batch, part.budgets)
-    for segment in segments(batch, facts, part.kinds(facts.position, facts.budget)):
+    for segment in segments(batch, facts, part.kinds(facts)):
         count = segment.rows.stop - segment.rows.start
         q, weights = torch.empty(count, 3, 16, device=META), torch.empty(count, 3, device=META)
         rows = segment.per_row

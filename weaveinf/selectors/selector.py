@@ -201,6 +201,7 @@ class Selector:
         pools: what it keeps for every token or page.
         host_layers: whose keys and values are in the host's memory, which it fetches them from (`Segment`).
         counts: what it did; all count rows of steps by whether they read all, "rows_dense" or "rows_sparse".
+            Who reads them makes them int: what a device counts stays there until then.
     """
 
     row_align = 1
