@@ -125,6 +125,7 @@ def on_ranks(
 ) -> dict[str, list[list[int]]] | None:
     config = EngineConfig(
         model=path,
+        device=ranks.device.type,  # type: ignore[arg-type]
         dtype="float32",
         kv_cache_gib=0.05,
         max_num_seqs=8,

@@ -9,14 +9,14 @@ import torch
 
 from tests.engine.harness import near_ties, with_engines
 from tests.engine.test_parity import LENGTH, all_ways, prompts
-from tests.models.harness import UNINDEXED, make_checkpoint
+from tests.models.harness import FAMILIES, make_checkpoint
 from weaveinf.comm.ranks import Ranks
 from weaveinf.config import EngineConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-@pytest.mark.parametrize("family", UNINDEXED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     model = make_checkpoint(tmp_path, family)
     config = EngineConfig(

@@ -59,7 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 UNINDEXED = [family for family, values in FAMILIES.items() if "index_topk" not in values]
-"""Those that run on GPUs and as graphs."""
+"""Those whose steps may be graphs."""
 
 
 def make_checkpoint(path: Path, family: str, save: dict[str, Any] | None = None, **changes: Any) -> Any:

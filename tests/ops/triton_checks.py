@@ -19,8 +19,10 @@ from torch import Tensor
 
 from tests.comm.cuda import world
 from tests.comm.cuda.world import World
+from weaveinf.ops import select
 from weaveinf.ops.activation import silu_mul_reference
 from weaveinf.ops.attention import paged_attention_reference
+from weaveinf.ops.index import FP8, IndexKeys, quantize, scores_reference
 from weaveinf.ops.moe import moe_reference, route
 from weaveinf.ops.norm import add_rms_norm_reference, rms_norm_reference
 from weaveinf.ops.rope import rope_reference_, write_kv_reference
@@ -122,6 +124,7 @@ def check_attention(
     group: int = 2,
     head_dim: int = 32,
     page_size: int = 16,
+    kv_heads: int = 2,
     window: int | None = None,
     lengths: tuple[int, ...] = (37, 1, 70),
     rows_each: tuple[int, ...] = (9, 1, 1),
@@ -131,7 +134,6 @@ def check_attention(
     from weaveinf.ops import triton_attention as kernels
 
     torch.manual_seed(6)
-    kv_heads = 2
     blocks = [-(-length // page_size) for length in lengths]
     pages = torch.randperm(sum(blocks) + 2)
     # Pages that belong to nobody, and the unused ends of pages, hold NaN: reading them shows.
@@ -224,6 +226,125 @@ def check_seam_keeps(device: str, dtype: torch.dtype, ranks: int, rows: int, kep
         close(x, want)
 
 
+SPANS = ((0, 1), (3, 3), (0, 700), (28, 1400), (5, 64), (0, 0))
+"""First candidate of each row, and where they end."""
+
+
+def paged(device: str, dtype: torch.dtype, page_size: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Vectors of `shape` for each token of SPANS in scattered pages, NaN in slots that are no candidates, and
+    the rows' tables, whose unused ends are -1."""
+    blocks = [-(-end // page_size) for _, end in SPANS]
+    pages = torch.randperm(sum(blocks) + 2)
+    pool = torch.full((len(pages), page_size, *shape), torch.nan)
+    table = torch.full((len(SPANS), max(blocks) + 1), -1, dtype=torch.int32)
+    for r, ((first, end), count) in enumerate(zip(SPANS, blocks, strict=True)):
+        table[r, :count], pages = pages[:count], pages[count:]
+        at = torch.arange(first, end)
+        pool[table[r, at // page_size].long(), at % page_size] = torch.randn(end - first, *shape)
+    return pool.to(dtype).to(device), table.to(device)
+
+
+def spans(device: str) -> tuple[Tensor, Tensor]:
+    firsts, ends = torch.tensor(SPANS, dtype=torch.int32, device=device).T.contiguous()
+    return firsts, ends
+
+
+def check_votes(
+    device: str, dtype: torch.dtype, group: int, kv_heads: int, dim: int, page_size: int, kind: str = "soft"
+) -> None:
+    """kind: "soft", "channels" (of twice as many; some are none), "bounds", "sums of bounds"."""
+    from weaveinf.ops import triton_select as kernels
+
+    torch.manual_seed(9)
+    keys, table = paged(device, dtype, page_size, (kv_heads, dim))
+    keys[table[2, 0].long(), 0, 0] = torch.nan  # a score that is none
+    elements = dim // 2 if "bounds" in kind else 2 * dim if kind == "channels" else dim
+    q = torch.randn(len(SPANS), group * kv_heads + 3, elements, device=device).to(dtype)[
+        :, : group * kv_heads
+    ]
+    channels = None
+    if kind == "channels":
+        channels = torch.stack([torch.randperm(elements)[:dim] for _ in range(kv_heads)]).int().to(device)
+        channels[:, -1] = -1
+    firsts, ends = spans(device)
+    where, width = (table, firsts, ends), int(ends.max()) + 3
+    given = (width, dim**-0.5, channels, "sums" not in kind)
+    want = select.votes_reference(q.double(), keys.double(), *where, *given)
+    got = kernels.votes(q, keys, where, *given)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want.float(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(got, kernels.votes(q, keys, where, *given))
+
+
+def check_index(device: str, dtype: torch.dtype, heads: int, dim: int, page_size: int, fp8: bool) -> None:
+    from weaveinf.ops import triton_select as kernels
+
+    torch.manual_seed(10)
+    values, table = paged(device, dtype, page_size, (dim,))
+    keys = IndexKeys(*quantize(values.nan_to_num())) if fp8 else IndexKeys(values)
+    q = torch.randn(len(SPANS), heads + 2, dim, device=device).to(FP8).to(dtype)[:, :heads]
+    weights, ends = torch.randn(len(SPANS), heads, device=device), spans(device)[1]
+    width = int(ends.max()) + 3
+    got = kernels.index_scores(q, weights, *keys, table, ends, width)
+    want = scores_reference(q, weights, keys, table, ends, width)
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    counts = torch.arange(width, device=device) < ends[:, None]
+    torch.testing.assert_close(got[counts], want[counts], atol=1e-3, rtol=1e-4, equal_nan=True)
+
+
+def check_top_k(device: str, dtype: torch.dtype, width: int, capacity: int, rows: int = 5) -> None:
+    """Scores of few values and of many, signed zeros, infinities and NaN; of all rows but the first, not all
+    count, nor are as many wanted."""
+    from weaveinf.ops import triton_select as kernels
+
+    torch.manual_seed(11)
+    scores = torch.randn(rows, width, device=device).to(dtype).float()
+    scores[1::2] = (scores[1::2] * 2).round() / 2
+    for value in (torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0):
+        scores[:, torch.randint(width, (3,))] = value
+    ends = torch.randint(width + 1, (rows,), dtype=torch.int32, device=device)
+    wanted = torch.randint(capacity + 1, (rows,), dtype=torch.int32, device=device)
+    ends[0], wanted[0], ends[-1], wanted[-1] = width, capacity, 0, capacity
+    got, want = (f(scores, ends, wanted, capacity) for f in (kernels.top_k, select.top_k_reference))
+    assert all(map(torch.equal, got, want))
+
+
+def check_places(device: str, dtype: torch.dtype) -> None:
+    from weaveinf.ops import triton_select as kernels
+
+    torch.manual_seed(12)
+    table = torch.randperm(3 * 90, device=device).int().view(3, 90)[:, :77]
+    for kv_heads, count, run in ((3, 5, 8), (1, 700, 1), (2, 7, 4), (2, 0, 1)):
+        index = torch.randint(-1, 77 * 8 // run, (3, kv_heads, count), device=device).int()
+        want = select.places_reference(index, table, 8, run)
+        assert torch.equal(kernels.places(index, table, 8, run), want)
+
+
+def check_beside_keys(device: str, dtype: torch.dtype) -> None:
+    """What is written beside the keys; the rest must stay as it is."""
+    from weaveinf.ops import triton_select as kernels
+
+    torch.manual_seed(13)
+    keys = torch.randn(9, 12, 3, 24, device=device).to(dtype)
+    pages, counts = torch.tensor([[7, 0, 4], [12, 1, 9]], device=device)
+    rows = torch.randn(5, 7, 24, device=device).to(dtype)[:, 2:5]
+    channels = torch.stack([torch.randperm(24, device=device)[:6] for _ in range(3)]).int()
+    channels[1, 4] = -1
+    slots = torch.tensor([17, -1, 107, 0, 5], dtype=torch.int32, device=device)
+    bounds, pool = (torch.full(s, 7.0, device=device).to(dtype) for s in ((9, 3, 48), (9, 12, 3, 6)))
+    want_bounds, want_pool = bounds.clone(), pool.clone()
+    for page, count in zip(pages.tolist(), counts.tolist(), strict=True):
+        held = keys[page, :count]
+        want_bounds[page] = torch.cat([held.amax(0), held.amin(0)], -1)
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            kept = rows[row].gather(1, channels.clamp(min=0).long()).masked_fill(channels < 0, 0)
+            want_pool.flatten(0, 1)[slot] = kept
+    kernels.write_bounds(keys, bounds, pages, counts)
+    kernels.write_channels(rows, pool, channels, slots)
+    assert torch.equal(bounds, want_bounds) and torch.equal(pool, want_pool)
+
+
 CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "rms_norm": (check_rms_norm, {}),
     "add_rms_norm": (check_add_rms_norm, {}),
@@ -260,6 +381,50 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
             "window": 40,
         },
     ),
+    # As over what was chosen: pages of one token, one KV head.
+    "attention: chosen tokens": (
+        check_attention,
+        {"page_size": 1, "kv_heads": 1, "group": 3, "lengths": (37, 1, 600), "rows_each": (1, 1, 1)},
+    ),
+    "attention: tokens for a chunk": (
+        check_attention,
+        {"page_size": 1, "lengths": (90,), "rows_each": (50,)},
+    ),
+    # As of latents: one wide KV head, whose queries are many, or no multiple of a tile.
+    "attention: wide": (
+        check_attention,
+        {"head_dim": 288, "kv_heads": 1, "group": 48, "lengths": (37, 5), "rows_each": (3, 1)},
+    ),
+    "attention: wide, groups of 5": (
+        check_attention,
+        {"head_dim": 264, "kv_heads": 1, "group": 5, "lengths": (37,), "rows_each": (1,), "page_size": 1},
+    ),
+    "votes": (check_votes, {"group": 2, "kv_heads": 2, "dim": 32, "page_size": 16}),
+    "votes: groups of 7, pages of 5": (
+        check_votes,
+        {"group": 7, "kv_heads": 3, "dim": 24, "page_size": 5},
+    ),
+    "votes: one KV head, pages of one": (
+        check_votes,
+        {"group": 20, "kv_heads": 1, "dim": 80, "page_size": 1},
+    ),
+    "votes: channels": (
+        check_votes,
+        {"group": 3, "kv_heads": 2, "dim": 16, "page_size": 16, "kind": "channels"},
+    ),
+    "votes: bounds": (check_votes, {"group": 1, "kv_heads": 2, "dim": 48, "page_size": 1, "kind": "bounds"}),
+    "votes: sums of bounds": (
+        check_votes,
+        {"group": 4, "kv_heads": 2, "dim": 64, "page_size": 1, "kind": "sums of bounds"},
+    ),
+    "index scores": (check_index, {"heads": 5, "dim": 24, "page_size": 16, "fp8": False}),
+    "index scores: eight bits": (check_index, {"heads": 32, "dim": 32, "page_size": 1, "fp8": True}),
+    "top-k: few": (check_top_k, {"width": 7, "capacity": 3}),
+    "top-k: more than there are": (check_top_k, {"width": 20, "capacity": 33}),
+    "top-k: many rows": (check_top_k, {"width": 1500, "capacity": 256, "rows": 9}),
+    "top-k: split": (check_top_k, {"width": 5001, "capacity": 700, "rows": 3}),
+    "places": (check_places, {}),
+    "bounds, channels": (check_beside_keys, {}),
     # Several programs share one row's keys; some have none.
     "attention: split": (check_attention, {"lengths": (600, 3), "rows_each": (1, 1), "group": 1}),
     "attention: split, window": (

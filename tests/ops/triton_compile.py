@@ -4,7 +4,7 @@
 
 calls them with tensors of realistic shapes; every launch becomes a compilation down to the cubin for
 compute capability 9.0, with the specialisation that the launch would have. Nothing is run, so the kernels
-are known to compile, and no more. Prints one line a kernel: name, dtype, grid, bytes.
+are known to compile, and no more. Prints one line a kernel: name, dtype, grid, bytes, bytes of shared memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from weaveinf.comm.symmetric import Call
 from weaveinf.comm.triton_seam import TritonSeam
-from weaveinf.ops import triton_attention, triton_elementwise, triton_moe
+from weaveinf.ops import triton_attention, triton_elementwise, triton_moe, triton_select
+from weaveinf.ops.index import FP8
 
 
 class Hopper:
@@ -41,7 +42,7 @@ def compile_instead_of_launching() -> None:
         made = run(self, *args, grid=grid, warmup=True, **kwargs)
         print(self.__name__, args[0].dtype if hasattr(args[0], "dtype") else "", grid, end=" ")
         wide = made.asm["ptx"].count(".v4.b32") + made.asm["ptx"].count(".v8.b")
-        print(len(made.asm["cubin"]), "wide" if wide else "narrow")
+        print(len(made.asm["cubin"]), made.metadata.shared, "wide" if wide else "narrow")
 
     triton.runtime.driver.set_active(Hopper())
     JITFunction.run = compile_only
@@ -62,6 +63,14 @@ def attention(dtype: torch.dtype, rows: int, seqs: int, window: int | None) -> N
     )
 
 
+def latents(dtype: torch.dtype, heads: int) -> None:
+    """As DeepSeek-V3's latent attention would call it, over chosen tokens."""
+    pool = torch.zeros(64, 1, 1, 576, dtype=dtype)
+    table, starts = torch.zeros(8, 2048, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    q = torch.zeros(8, heads, 576, dtype=dtype)
+    triton_attention.paged_attention(q, pool, pool, table, starts, starts[:8], 576**-0.5)
+
+
 def elementwise(dtype: torch.dtype) -> None:
     hidden = torch.zeros(6, 8, 8192, dtype=dtype)
     weight = hidden[0, 0]
@@ -76,6 +85,28 @@ def elementwise(dtype: torch.dtype) -> None:
     pools = torch.zeros(2, 4, 16, 2, 128, dtype=dtype)
     triton_elementwise.write_kv(qkv[:, 16:18], qkv[:, 18:], pools[0], pools[1], positions)
     triton_elementwise.silu_mul(torch.zeros(8, 2 * 7168, dtype=dtype))
+
+
+def choosing(dtype: torch.dtype, rows: int) -> None:
+    """As rank 0 of 4 of Llama-3-70B, and an indexer as DeepSeek-V3.2's."""
+    table = torch.zeros(rows, 8192, dtype=torch.int32)
+    firsts = ends = torch.zeros(rows, dtype=torch.int32)
+    where = table, firsts, ends
+    q = torch.zeros(rows, 20, 128, dtype=dtype)[:, :16]
+    keys = torch.zeros(4, 16, 2, 128, dtype=dtype)
+    votes = triton_select.votes(q, keys, where, 8192 * 16, 1.0, None, True)
+    channels = torch.zeros(2, 32, dtype=torch.int32)
+    triton_select.votes(q, keys[..., :32].contiguous(), where, 8192 * 16, 1.0, channels, True)
+    bounds = torch.zeros(4, 1, 2, 256, dtype=dtype)
+    triton_select.votes(q, bounds, where, 8192, 1.0, None, False)
+    index, _ = triton_select.top_k(votes[:, 0], ends, ends, 2048)
+    triton_select.places(index.unsqueeze(1), table, 16, 1)
+    triton_select.write_bounds(keys, bounds[:, 0], firsts.long(), ends.long())
+    triton_select.write_channels(q[:, :2], keys[..., :32].contiguous(), channels, ends)
+    q, weights = torch.zeros(rows, 64, 128, dtype=dtype), torch.zeros(rows, 64)
+    triton_select.index_scores(q, weights, keys[:, :, 0].contiguous(), None, table, ends, 8192)
+    eight = torch.zeros(4, 16, 128, dtype=FP8), torch.zeros(4, 16)
+    triton_select.index_scores(q, weights, *eight, table, ends, 8192)
 
 
 def experts(dtype: torch.dtype, rows: int) -> None:
@@ -108,7 +139,11 @@ if __name__ == "__main__":
     for rows, seqs, window in ((1000, 2, None), (1000, 2, 4096), (48, 8, None), (8, 8, 4096)):
         attention(torch.bfloat16, rows, seqs, window)
     attention(torch.float32, 8, 8, None)
+    latents(torch.bfloat16, 128)
+    latents(torch.float32, 16)
     elementwise(torch.bfloat16)
+    choosing(torch.bfloat16, 1)
+    choosing(torch.bfloat16, 100)
     for rows in (4, 100, 1000):
         experts(torch.bfloat16, rows)
     experts(torch.float32, 100)

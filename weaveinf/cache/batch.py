@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Batch:
         block_table: int32 [S, max_blocks].
         state_slot: int32 [S], the stable row of each request's state on every rank.
         logit_rows: int64 [L], ascending.
+        twin: on a device, the same on the host but for the tokens; of a batch of other rows than those whose
+            logits are wanted there is none.
     """
 
     input_ids: Tensor
@@ -36,6 +38,12 @@ class Batch:
     block_table: Tensor
     state_slot: Tensor
     logit_rows: Tensor
+    twin: Batch | None = field(default=None, init=False)
+
+    @property
+    def host(self) -> Batch:
+        """What the host may read."""
+        return self.twin or self
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +59,9 @@ class Batch:
             return self
         at = torch.searchsorted(rows, self.cu_seqlens_q.long()).int()
         if rows is self.logit_rows:  # how many they are need not be read back from a device
-            return self._rows(rows, at, self.seq_lens, torch.arange(rows.shape[0], device=rows.device))
+            part = self._rows(rows, at, self.seq_lens, torch.arange(rows.shape[0], device=rows.device))
+            part.twin = self.twin and self.twin.take(self.twin.logit_rows)
+            return part
         wanted = torch.searchsorted(rows, self.logit_rows)
         kept = wanted.clamp(max=max(rows.shape[0] - 1, 0))
         present = rows[kept] == self.logit_rows if rows.shape[0] else wanted < 0
@@ -86,5 +96,18 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """The same on a device; the tokens may be there already."""
+        there = Batch(**{name: put(getattr(self, name), device) for name in TENSORS})
+        there.twin = replace(self, input_ids=self.positions)
+        return there
+
+
+TENSORS = [one.name for one in fields(Batch) if one.init]
+"""The names of a batch's tensors."""
+
+
+def put(x: Tensor, device: torch.device) -> Tensor:
+    """x there; the host does not wait for what a device has still to do."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
                 if args.json != "-":
                     _show(prompt, output)
             trace = llm.engine.trace
-            chose = {"selector": {"name": trace.selector, "budget": trace.budget} | trace.choices}
+            counts = {what: int(count) for what, count in trace.choices.items()}
+            chose = {"selector": {"name": trace.selector, "budget": trace.budget} | counts}
             result = what_ran(llm) | steps(llm) | (chose if trace.selector else {})
             write_json(args.json, result | {"outputs": [_plain(output) for output in outputs]})
             for sample in (sample for output in outputs for sample in output.outputs):

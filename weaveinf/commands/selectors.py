@@ -30,7 +30,7 @@ from weaveinf.ops.index import IndexKeys
 from weaveinf.selectors.fasa import save
 from weaveinf.selectors.hisa import POOL, Hisa
 from weaveinf.selectors.registry import settings
-from weaveinf.selectors.selector import Heads, Index, PerRow, Selector
+from weaveinf.selectors.selector import Heads, Index, PerRow, RowFacts, Selector
 from weaveinf.selectors.tokenselect import CHUNK
 
 _LAYERS = 10  # the last ones are timed: the methods' own first layers are dense
@@ -190,7 +190,8 @@ def _index(context: Context, turns: int) -> list[dict[str, Any]]:
     q, weights = torch.randn(1, heads, dim).to(dtype), torch.randn(1, heads)
     keys, own = IndexKeys(pool), torch.tensor([context.tokens - 1], dtype=torch.int32)
     slot, budget = torch.zeros(1, dtype=torch.int64), torch.tensor([wanted.budget], dtype=torch.int32)
-    rows = PerRow(own, budget, context.table[:1], slot, context.tokens)
+    facts = RowFacts(*(x.int().numpy() for x in (slot, own, own, budget)))
+    rows = PerRow(own, budget, context.table[:1], slot, context.tokens, facts)
 
     def flat() -> None:
         found = index.choose(q, weights, keys, rows.table, own + 1, rows.longest, top_k)

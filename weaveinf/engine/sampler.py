@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weaveinf.cache.batch import put
 from weaveinf.comm.votes import Votes
 from weaveinf.engine.step import Admission, SampledLogprobs, Step, StepOutput
 from weaveinf.ops import logprobs, sampling
@@ -56,9 +57,7 @@ class Sampler:
         self.device = device
         self.votes = votes
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.put: Callable[[NDArray[Any]], Tensor] = (
-            torch.from_numpy if device.type == "cpu" else lambda array: torch.from_numpy(array).to(device)
-        )
+        self.put: Callable[[NDArray[Any]], Tensor] = lambda array: put(torch.from_numpy(array), device)
         self._limited = np.zeros(max_num_seqs, np.bool_)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._temperature = np.zeros(max_num_seqs, np.float32)  # 0: greedy

@@ -113,8 +113,6 @@ class Worker:
         if config.selector is None:
             return None
         chosen, model = settings(config.selector), self.model_config
-        if self._on_gpu:
-            raise ValueError(f"{chosen.name} runs on CPUs only; use device='cpu' or selector=None")
         if any(window is not None for window in model.windows):
             raise ValueError(f"{chosen.name} cannot choose in a sliding window; use selector=None")
         if model.latents is not None and chosen.serves == "heads":

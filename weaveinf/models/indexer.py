@@ -46,8 +46,6 @@ class Indexer:
         assert config.indexing is not None and config.latents is not None
         self.config = indexing = config.indexing
         assert config.latents.q_rank is not None
-        if weights.device.type != "cpu":
-            raise ValueError(f"the indexer of {config.architecture} runs on CPUs only; use device='cpu'")
         heads, dim = indexing.heads, indexing.dim
         self.layer = sum(indexing.layers[:layer])  # among those that score
         self.rope = config.latents.rope
@@ -139,6 +137,7 @@ class Indexer:
         if self.selector is not None:
             facts = RowFacts.of(batch, self.selector.budgets)
             return segments(batch, facts, self.selector.kinds(facts))
-        seq = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens_q.numpy()))
-        facts = RowFacts(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], seq * 0)
+        host = batch.host
+        seq = np.repeat(np.arange(host.num_seqs, dtype=np.int32), np.diff(host.cu_seqlens_q.numpy()))
+        facts = RowFacts(seq, host.positions.numpy(), host.num_prompt_tokens.numpy()[seq], seq * 0)
         return segments(batch, facts, np.where(facts.position < self.config.top_k, DENSE, FLAT))

@@ -92,27 +92,10 @@ def paged_attention(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _, page_size, kv_heads, dim = key_pool.shape
     native.lib.weave_attention(
-        q.data_ptr(),
-        key_pool.data_ptr(),
-        value_pool.data_ptr(),
-        out.data_ptr(),
-        block_table.data_ptr(),
-        cu_seqlens_q.data_ptr(),
-        positions.data_ptr(),
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        block_table.stride(0),
-        cu_seqlens_q.shape[0] - 1,
-        q.shape[1],
-        kv_heads,
-        dim,
-        page_size,
-        sliding_window or _NO_WINDOW,
-        native.DTYPES[q.dtype],
-        torch.get_num_threads(),
-        scale,
+        *native.pointers(q, key_pool, value_pool, out, block_table, cu_seqlens_q, positions),
+        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_table.stride(0)),
+        *(cu_seqlens_q.shape[0] - 1, q.shape[1], kv_heads, dim, page_size, sliding_window or _NO_WINDOW),
+        *(native.DTYPES[q.dtype], torch.get_num_threads(), scale),
     )
     return out
 

@@ -78,30 +78,20 @@ def scores_reference(
 def scores(q: Tensor, weights: Tensor, keys: IndexKeys, table: Tensor, ends: Tensor, width: int) -> Tensor:
     """I above, float32 [rows, width]: q [rows, H, D], weights float32 [rows, H], of the keys at the first
     ends[r] (int32 [rows], at most width) positions of pages table[r] (int32 [rows, max_blocks]); anything
-    behind them. Queries are of the keys' dtype, or float32 where these have scales."""
+    behind them. Queries are of the keys' dtype, or FP8's values in float32 where these have scales."""
+    if q.is_cuda:
+        from weaveinf.ops import triton_select
+
+        return triton_select.index_scores(q, weights, *keys, table, ends, width)
     dtypes = (q.dtype, keys.values.dtype)
     known = dtypes in ((q.dtype, q.dtype), (torch.float32, FP8)) and q.dtype in native.DTYPES
-    if q.is_cuda or native.lib is None or not known or q.shape[2] % 16:
+    if native.lib is None or not known or q.shape[2] % 16:
         return scores_reference(q, weights, keys, table, ends, width)
     out = torch.empty(len(q), width)
     native.lib.weave_index(
-        q.data_ptr(),
-        keys.values.data_ptr(),
-        out.data_ptr(),
-        weights.data_ptr(),
-        0 if keys.scales is None else keys.scales.data_ptr(),
-        table.data_ptr(),
-        ends.data_ptr(),
-        q.stride(0),
-        q.stride(1),
-        table.stride(0),
-        q.shape[0],
-        q.shape[1],
-        q.shape[2],
-        keys.page_size,
-        width,
-        native.DTYPES[q.dtype],
-        torch.get_num_threads(),
+        *native.pointers(q, keys.values, out, weights, keys.scales, table, ends),
+        *(q.stride(0), q.stride(1), table.stride(0), *q.shape, keys.page_size, width),
+        *(native.DTYPES[q.dtype], torch.get_num_threads()),
     )
     return out
 

@@ -120,6 +120,11 @@ def _choose(names: Sequence[str]) -> tuple[Library | None, str, str]:
         return None, "torch", f"the CPU kernels do not load ({error}): {cost}"
 
 
+def pointers(*tensors: torch.Tensor | None) -> list[int]:
+    """The addresses that a kernel is called with."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def abilities() -> list[str]:
     """What this process could run its products on: the loadable builds, best first, "onednn" where oneDNN
     has instructions for bfloat16, and "matrix" where these are matrix instructions."""

@@ -75,31 +75,18 @@ def votes(
     the products.
     """
     dim = keys.shape[3]
-    if q.is_cuda or native.lib is None or q.dtype not in native.DTYPES or dim % 16 or dim > _MOST_CHANNELS:
+    if q.is_cuda:
+        from weaveinf.ops import triton_select
+
+        return triton_select.votes(q, keys, (table, firsts, ends), width, scale, channels, soft)
+    if native.lib is None or q.dtype not in native.DTYPES or dim % 16 or dim > _MOST_CHANNELS:
         return votes_reference(q, keys, table, firsts, ends, width, scale, channels, soft)
-    out = torch.empty(q.shape[0], keys.shape[2], width)
+    out, threads = torch.empty(q.shape[0], keys.shape[2], width), torch.get_num_threads()
     native.lib.weave_votes(
-        q.data_ptr(),
-        keys.data_ptr(),
-        out.data_ptr(),
-        table.data_ptr(),
-        firsts.data_ptr(),
-        ends.data_ptr(),
-        0 if channels is None else channels.data_ptr(),
-        q.stride(0),
-        q.stride(1),
-        table.stride(0),
-        q.shape[0],
-        q.shape[1],
-        keys.shape[2],
-        dim,
-        keys.shape[1],
-        width,
-        channels is None and q.shape[2] != dim,
-        soft,
-        native.DTYPES[q.dtype],
-        torch.get_num_threads(),
-        scale,
+        *native.pointers(q, keys, out, table, firsts, ends, channels),
+        *(q.stride(0), q.stride(1), table.stride(0)),
+        *(q.shape[0], q.shape[1], keys.shape[2], dim, keys.shape[1], width),
+        *(channels is None and q.shape[2] != dim, soft, native.DTYPES[q.dtype], threads, scale),
     )
     return out
 
@@ -127,20 +114,16 @@ def top_k(scores: Tensor, ends: Tensor, wanted: Tensor, capacity: int) -> tuple[
     of them are chosen (int32 [rows], at most capacity), all if there are no more. Equal scores: the lowest
     position. NaN counts as -inf.
     """
-    if scores.is_cuda or native.lib is None:
+    if scores.is_cuda:
+        from weaveinf.ops import triton_select
+
+        return triton_select.top_k(scores, ends, wanted, capacity)
+    if native.lib is None:
         return top_k_reference(scores, ends, wanted, capacity)
     out = torch.empty(scores.shape[0], capacity, dtype=torch.int32)
     counts = torch.empty(scores.shape[0], dtype=torch.int32)
     native.lib.weave_top_k(
-        scores.data_ptr(),
-        ends.data_ptr(),
-        wanted.data_ptr(),
-        out.data_ptr(),
-        counts.data_ptr(),
-        scores.shape[0],
-        scores.shape[1],
-        capacity,
-        torch.get_num_threads(),
+        *native.pointers(scores, ends, wanted, out, counts), *scores.shape, capacity, torch.get_num_threads()
     )
     return out, counts
 
@@ -159,21 +142,17 @@ def places(index: Tensor, table: Tensor, page_size: int, run: int = 1) -> Tensor
     """Where what each KV head chose lies in the cache: index int32 [rows, Hkv, n] of runs of `run` tokens,
     none across pages, and table int32 [rows, max_blocks] -> int32 [rows, Hkv, n * run], each a slot times Hkv
     plus the head. Hkv is 1 where all heads share a choice. Some place of the row's where the index is -1."""
-    if index.is_cuda or native.lib is None:
+    if index.is_cuda:
+        from weaveinf.ops import triton_select
+
+        return triton_select.places(index, table, page_size, run)
+    if native.lib is None:
         return places_reference(index, table, page_size, run)
     rows, kv_heads, count = index.shape
     out = torch.empty(rows, kv_heads, count * run, dtype=torch.int32)
     native.lib.weave_places(
-        index.data_ptr(),
-        table.data_ptr(),
-        out.data_ptr(),
-        table.stride(0),
-        rows,
-        kv_heads,
-        count,
-        run,
-        page_size,
-        torch.get_num_threads(),
+        *native.pointers(index, table, out),
+        *(table.stride(0), rows, kv_heads, count, run, page_size, torch.get_num_threads()),
     )
     return out
 
@@ -200,46 +179,38 @@ def write_bounds(keys: Tensor, bounds: Tensor, pages: Tensor, counts: Tensor) ->
     there (int64 [n], at least 1): the largest value of every channel and then the least, into bounds
     [num_pages, Hkv, 2 D]."""
     _, page_size, kv_heads, dim = keys.shape
-    if keys.is_cuda or native.lib is None or keys.dtype not in native.DTYPES:
+    if keys.is_cuda:
+        from weaveinf.ops import triton_select
+
+        triton_select.write_bounds(keys, bounds, pages, counts)
+    elif native.lib is None or keys.dtype not in native.DTYPES:
         held = keys[pages]
         beyond = (torch.arange(page_size, device=keys.device) >= counts[:, None])[:, :, None, None]
         bounds[pages, :, :dim] = held.masked_fill(beyond, -torch.inf).amax(1)
         bounds[pages, :, dim:] = held.masked_fill(beyond, torch.inf).amin(1)
-        return
-    native.lib.weave_bounds(
-        keys.data_ptr(),
-        bounds.data_ptr(),
-        pages.data_ptr(),
-        counts.data_ptr(),
-        len(pages),
-        kv_heads,
-        dim,
-        page_size,
-        native.DTYPES[keys.dtype],
-        torch.get_num_threads(),
-    )
+    else:
+        native.lib.weave_bounds(
+            *native.pointers(keys, bounds, pages, counts),
+            *(len(pages), kv_heads, dim, page_size, native.DTYPES[keys.dtype], torch.get_num_threads()),
+        )
 
 
 def write_channels(keys: Tensor, pool: Tensor, channels: Tensor, slots: Tensor) -> None:
     """These channels (int32 [Hkv, K]; -1: zeros) of keys [rows, Hkv, D] into slots (int32 [rows]; -1:
     nowhere) of a pool [num_pages, page_size, Hkv, K]."""
     rows, kv_heads, dim = keys.shape
-    if keys.is_cuda or native.lib is None or keys.stride()[1:] != (dim, 1):
+    if keys.is_cuda:
+        from weaveinf.ops import triton_select
+
+        triton_select.write_channels(keys, pool, channels, slots)
+    elif native.lib is None or keys.stride()[1:] != (dim, 1):
         real = slots >= 0
         pool.flatten(0, 1)[slots[real].long()] = _picked(keys, channels)[real]
-        return
-    native.lib.weave_planes(
-        keys.data_ptr(),
-        pool.data_ptr(),
-        channels.data_ptr(),
-        slots.data_ptr(),
-        keys.stride(0),
-        rows,
-        kv_heads,
-        dim,
-        channels.shape[1],
-        keys.element_size(),
-    )
+    else:
+        native.lib.weave_planes(
+            *native.pointers(keys, pool, channels, slots),
+            *(keys.stride(0), rows, kv_heads, dim, channels.shape[1], keys.element_size()),
+        )
 
 
 def fetch(pool: Tensor, rows: Tensor, mirror: Tensor) -> None:

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 _FILL = 264  # programs that occupy an H100 (132 SMs) twice
-_MAX_SPLITS = 32
 
 
 @triton.jit
@@ -210,11 +209,18 @@ def paged_attention(
         return out
     group = heads // kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
+    wide = block_d > 256  # as latents are, of one KV head
+    if wide and kv_heads == 1 and group > 16 and group % 16 == 0:
+        # The sums of more heads would not stay in registers: they go as rows.
+        n, flat = group // 16, (-1, 16, head_dim)
+        where = block_table, cu_seqlens_q * n, positions.repeat_interleave(n)
+        paged_attention(q.reshape(flat), key_pool, value_pool, *where, scale, sliding_window, out.view(flat))
+        return out
     # tl.dot wants 16 at least. Few rows (decode) take the smallest tile, prompts a large one; float32 has
     # no tensor cores, and larger tiles than these would not stay in registers.
     block_m = max(16, triton.next_power_of_2(group))
-    if q.dtype == torch.float32:
-        block_n = 32
+    if wide or q.dtype == torch.float32:
+        block_n = 16 if wide else 32
     else:
         block_n = 64
         if rows > 4 * seqs:
@@ -223,65 +229,45 @@ def paged_attention(
     reach = block_table.shape[1] * page_size
     if sliding_window is not None:
         reach = min(reach, sliding_window + block_m // group)
-    splits = _splits(tiles * kv_heads, reach // (4 * block_n))
-    if splits == 1:
+    shares = splits(tiles * kv_heads, reach // (4 * block_n))
+    if shares == 1:
         parts = out.unsqueeze(0)
         lse = out
     else:
-        parts = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
-    _attend[(tiles, kv_heads, splits)](
-        q,
-        key_pool,
-        value_pool,
-        block_table,
-        cu_seqlens_q,
-        positions,
-        parts,
-        lse,
-        scale * _LOG2E,
-        seqs,
-        block_table.stride(0),
-        q.stride(0),
-        q.stride(1),
-        parts.stride(1),
-        parts.stride(2),
-        parts.stride(0),
+        parts = torch.empty((shares, rows, heads, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((rows, heads, shares), dtype=torch.float32, device=q.device)
+    strides = q.stride(0), q.stride(1), parts.stride(1), parts.stride(2), parts.stride(0)
+    _attend[(tiles, kv_heads, shares)](
+        *(q, key_pool, value_pool, block_table, cu_seqlens_q, positions, parts, lse, scale * LOG2E, seqs),
+        *(block_table.stride(0), *strides),
         HEAD_DIM=head_dim,
         KV_HEADS=kv_heads,
         GROUP=group,
         PAGE_SIZE=page_size,
         WINDOW=sliding_window or 0,
-        SPLITS=splits,
+        SPLITS=shares,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=4 if block_m <= 64 else 8,
-        num_stages=2,
+        num_stages=1 if wide else 2,
     )
-    if splits > 1:
+    if shares > 1:
         _join[(rows, heads)](
-            parts,
-            lse,
-            cu_seqlens_q,
-            out,
-            seqs,
-            parts.stride(0),
-            out.stride(0),
-            out.stride(1),
+            *(parts, lse, cu_seqlens_q, out, seqs, parts.stride(0), out.stride(0), out.stride(1)),
             HEADS=heads,
             HEAD_DIM=head_dim,
-            SPLITS=splits,
+            SPLITS=shares,
             BLOCK_D=block_d,
             num_warps=2,
         )
     return out
 
 
-def _splits(programs: int, longest: int) -> int:
+def splits(programs: int, longest: int, most: int = 32) -> int:
     """How many programs share the keys of one tile: a power of two that fills the device, at most
-    `longest` (so that each has several key tiles when the context is as long as it can be)."""
-    splits = 1
-    while splits * 2 <= min(longest, _MAX_SPLITS) and programs * splits * 2 <= _FILL:
-        splits *= 2
-    return splits
+    `longest` (so that each has several key tiles when the context is as long as it can be) and `most`."""
+    shares = 1
+    while shares * 2 <= min(longest, most) and programs * shares * 2 <= _FILL:
+        shares *= 2
+    return shares

@@ -35,18 +35,16 @@ class HeadsChoice:
     """What the KV heads of an answer's rows choose, each for itself, by the votes of their queries, `soft`
     ones or sums (`ops.select.votes`): what all layers ask of a segment.
 
-    seen: how many candidates each row has, `forced` of them at the beginning and the end chosen in any case;
-    wanted: how many each is to choose (int32 [rows]).
+    Candidates are runs of so many tokens, `forced` of them at the beginning and the end chosen in any case.
     """
 
-    def __init__(
-        self, heads: Heads, rows: PerRow, seen: Tensor, wanted: Tensor, forced: tuple[int, int], soft: bool
-    ) -> None:
+    def __init__(self, heads: Heads, rows: PerRow, run: int, forced: tuple[int, int], soft: bool) -> None:
         self.rows = rows
         self._heads = heads
+        seen, wanted = rows.position // run + 1, rows.budget // run
         self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
         self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
-        self._width = int(seen.max())
+        self._width = (rows.longest - 1) // run + 1
         self._scale, self._soft = heads.head_dim**-0.5, soft
 
     def choose(
@@ -55,8 +53,8 @@ class HeadsChoice:
         """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
         int32 [rows, Hkv, capacity] and [rows, Hkv]."""
         kv_heads = len(self._heads.kv_heads)
-        index = torch.empty(len(q), kv_heads, capacity, dtype=torch.int32)
-        counts = torch.empty(len(q), kv_heads, dtype=torch.int32)
+        index = torch.empty(len(q), kv_heads, capacity, dtype=torch.int32, device=q.device)
+        counts = torch.empty(len(q), kv_heads, dtype=torch.int32, device=q.device)
         for rows in slices(len(q), self._heads.num_kv_heads * self._width):
             where = (self.rows.table[rows], self._firsts[rows], self._ends[rows], self._width)
             votes = select.votes(q[rows], keys, *where, self._scale, channels, self._soft)

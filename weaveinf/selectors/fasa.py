@@ -143,6 +143,7 @@ class FasaSelector(ByHead):
         width = -(-2 * settings.planes // _VECTOR) * _VECTOR
         self._channels = torch.full((*planes.shape[:2], width), -1, dtype=torch.int32)
         self._channels[..., : 2 * settings.planes] = torch.cat([planes, planes + half], dim=-1)
+        self._channels = self._channels.to(heads.device)
         shape = (len(heads.kv_heads), width)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, heads.num_layers - 1)]
         if settings.memory == "host":
@@ -176,7 +177,7 @@ class FasaSelector(ByHead):
     def candidates(self, rows: PerRow) -> HeadsChoice:
         """See `ByHead`."""
         vote = self._heads.num_heads > self._heads.num_kv_heads
-        return HeadsChoice(self._heads, rows, rows.position + 1, rows.budget, (0, 0), vote)
+        return HeadsChoice(self._heads, rows, 1, (0, 0), vote)
 
     def chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
         """See `ByHead`."""

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
@@ -111,13 +111,14 @@ class HisaSelector(Selector):
 
     def _filled(self, batch: Batch) -> Tensor:
         """The pages of the blocks of which the batch writes the last token: int64 [n, pages of a block]."""
+        device, batch = batch.positions.device, batch.host
         positions = batch.positions.numpy()
         ends = (positions + 1) % self._settings.block == 0
         rows = np.flatnonzero(ends & (batch.slot_mapping.numpy() >= 0))
         seqs = np.searchsorted(batch.cu_seqlens_q.numpy(), rows, "right") - 1
         per_block = self._settings.block // self._page
         columns = positions[rows, None] // self._page + np.arange(1 - per_block, 1)
-        return torch.from_numpy(batch.block_table.numpy()[seqs[:, None], columns]).long()
+        return put(torch.from_numpy(batch.block_table.numpy()[seqs[:, None], columns]), device).long()
 
     def kinds(self, facts: RowFacts) -> NDArray[np.integer[Any]]:
         """See `Selector`."""

@@ -58,6 +58,8 @@ class LazyLlm(Settings):
     stages: int = 3
 
     def make(self, heads: Heads, page_size: int) -> LazySelector:
+        if heads.device.type == "cuda":
+            raise ValueError("lazyllm runs on CPUs only; use device='cpu' or another selector")
         return LazySelector(self, heads, page_size)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.by_head import ByHead, HeadsChoice
@@ -71,17 +71,18 @@ class QuestSelector(ByHead):
 
     def _pages(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The pages that the batch has written to, and how many of their tokens are now there."""
-        slots = batch.slot_mapping.numpy()
+        slots = batch.host.slot_mapping.numpy()
         # The rows of a page are neighbours.
         last = np.flatnonzero(np.append(np.diff(slots // self._page) != 0, True))
         last = last[slots[last] >= 0]
         ends = slots[last]
-        return torch.from_numpy(ends // self._page).long(), torch.from_numpy(ends % self._page + 1).long()
+        found = np.stack([ends // self._page, ends % self._page + 1]).astype(np.int64)
+        pages, counts = put(torch.from_numpy(found), batch.positions.device)
+        return pages, counts
 
     def candidates(self, rows: PerRow) -> HeadsChoice:
         """See `ByHead`."""
-        pages = rows.position // self._page + 1
-        return HeadsChoice(self._heads, rows, pages, rows.budget // self._page, (1, 1), False)
+        return HeadsChoice(self._heads, rows, self._page, (1, 1), False)
 
     def chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
         """See `ByHead`."""

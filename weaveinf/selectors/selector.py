@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.ops import select
@@ -81,13 +81,15 @@ class Heads:
 @dataclass
 class PerRow:
     """Of each row: its position and its request's budget (int32 [rows]), its pages (int32 [rows,
-    max_blocks]), its request's state slot (int64 [rows]). longest: tokens that a row has, at most."""
+    max_blocks]), its request's state slot (int64 [rows]). longest: tokens that a row has, at most. facts:
+    what the host knows of them."""
 
     position: Tensor
     budget: Tensor
     table: Tensor
     slot: Tensor
     longest: int
+    facts: RowFacts
 
 
 @dataclass
@@ -97,6 +99,7 @@ class Segment:
     Attributes:
         rows: of the batch.
         cu_seqlens, block_table, positions: as a batch has them, of these rows.
+        facts: what the host knows of them.
         per_row: None where all is read.
         chosen: which cached tokens each row may read; None for all.
         mirror: where what is read of keys and values is brought to first, from the host's memory: pages like
@@ -108,6 +111,7 @@ class Segment:
     cu_seqlens: Tensor
     block_table: Tensor
     positions: Tensor
+    facts: RowFacts
     per_row: PerRow | None
     chosen: Chosen | None = None
     mirror: tuple[Tensor, Tensor] | None = None
@@ -132,9 +136,12 @@ class Segment:
     def _pages(self) -> Tensor:
         """All pages that are read."""
         assert self.mirror is not None
-        last = self.positions[self.cu_seqlens[1:].long() - 1]
-        begins = torch.arange(self.block_table.shape[1], device=last.device) * self.mirror[0].shape[1]
-        return self.block_table[begins <= last[:, None]]
+        seq = self.facts.seq - self.facts.seq[0]
+        last = np.flatnonzero(np.diff(seq, append=-1))
+        counts = self.facts.position[last] // self.mirror[0].shape[1] + 1
+        pages = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        at = put(torch.from_numpy(np.stack([np.repeat(seq[last], counts), pages])), self.positions.device)
+        return self.block_table[at[0], at[1]]
 
 
 class Chosen(Protocol):
@@ -204,6 +211,7 @@ class Selector:
         pools: what it keeps for every token or page.
         host_layers: whose keys and values are in the host's memory, which it fetches them from (`Segment`).
         counts: what it did; all count rows of steps by whether they read all, "rows_dense" or "rows_sparse".
+            Who reads them makes them int: what a device counts stays there until then.
     """
 
     row_align = 1
@@ -308,6 +316,7 @@ class RowFacts:
 
     @classmethod
     def of(cls, batch: Batch, budgets: Budgets) -> RowFacts:
+        batch = batch.host
         seq = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens_q.numpy()))
         budget = budgets.of_slot[batch.state_slot.numpy()]
         return cls(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], budget[seq])
@@ -321,20 +330,20 @@ class RowFacts:
 def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> list[Segment]:
     """The batch cut where rows begin to be served otherwise; `kinds`: of each row."""
     edges = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1)).tolist()
-    starts = batch.cu_seqlens_q.numpy()
+    starts, device = batch.host.cu_seqlens_q.numpy(), batch.positions.device
     out = []
     for start, end in pairwise(edges):
         rows, seqs = slice(start, end), slice(int(facts.seq[start]), int(facts.seq[end - 1]) + 1)
         cu = np.clip(starts[seqs.start : seqs.stop + 1] - start, 0, end - start)
+        own = RowFacts(facts.seq[rows], facts.position[rows], facts.prompt[rows], facts.budget[rows])
         per_row = None
         if kinds[start] != DENSE:
-            seq = torch.from_numpy(facts.seq[rows]).long()
-            budget = torch.from_numpy(facts.budget[rows])
-            table, slot = batch.block_table[seq], batch.state_slot[seq].long()
-            longest = int(facts.position[rows].max()) + 1
-            per_row = PerRow(batch.positions[rows], budget, table, slot, longest)
-        where = (torch.from_numpy(cu), batch.block_table[seqs], batch.positions[rows])
-        out.append(Segment(int(kinds[start]), rows, *where, per_row))
+            seq, budget = (put(torch.from_numpy(x), device) for x in (own.seq, own.budget))
+            table, slot = batch.block_table[seq.long()], batch.state_slot[seq.long()].long()
+            longest = int(own.position.max()) + 1
+            per_row = PerRow(batch.positions[rows], budget, table, slot, longest, own)
+        where = (put(torch.from_numpy(cu), device), batch.block_table[seqs], batch.positions[rows])
+        out.append(Segment(int(kinds[start]), rows, *where, own, per_row))
     return out
 
 

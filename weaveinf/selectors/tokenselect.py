@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, put
 from weaveinf.ops import select
 from weaveinf.ops.attention import paged_attention
 from weaveinf.ops.rope import rope_
@@ -104,10 +104,10 @@ class TokenSelector(Selector):
         self._forced = settings.sinks + settings.local
         layers, slots = heads.num_layers, heads.max_num_seqs
         width = heads.num_heads // heads.ranks * heads.head_dim
-        self._queries = torch.zeros(layers, slots, width)
-        self._choices = torch.full((layers, slots, settings.sinks + settings.budget), -1, dtype=torch.int32)
-        self._held = torch.full((layers, slots), -1, dtype=torch.int32)
+        self._queries = torch.zeros(layers, slots, width, device=heads.device)
+        self._held = torch.full((layers, slots), -1, dtype=torch.int32, device=heads.device)
         """The position whose choice a slot holds in a layer; -1: of none."""
+        self._choices = self._held.unsqueeze(2).repeat(1, 1, settings.sinks + settings.budget)
         self._memo = Memo()
 
     def admit(self, slot: int, budget: int) -> None:
@@ -153,9 +153,9 @@ class TokenSelector(Selector):
         found = segments(batch, facts, self.kinds(facts))
         for segment in found:
             if self.unrotated and segment.per_row is None:
-                longest = int(segment.positions.max()) + 1
-                index = torch.arange(longest, dtype=torch.int32).repeat(len(segment.block_table), 1)
-                slots = _slots(index, segment.block_table, self._page)
+                table, longest = segment.block_table, int(batch.host.positions[segment.rows].max()) + 1
+                index = torch.arange(longest, dtype=torch.int32, device=table.device).repeat(len(table), 1)
+                slots = _slots(index, table, self._page)
                 segment.chosen = self._tokens(slots, segment.cu_seqlens, segment.positions)
         return [
             (s, None if s.per_row is None else of_kind[s.kind](s.per_row, self._settings, self._page))
@@ -174,7 +174,7 @@ class TokenSelector(Selector):
         [n]), in order of position: int32 [n, sinks + budget], -1 behind them."""
         s = self._settings
         firsts, ends = torch.full_like(seen, s.sinks), seen - s.local
-        index = torch.empty(len(q), s.sinks + s.budget, dtype=torch.int32)
+        index = torch.empty(len(q), s.sinks + s.budget, dtype=torch.int32, device=q.device)
         for rows in slices(len(q), self._heads.num_kv_heads * longest):
             where = (table[rows], firsts[rows], ends[rows], longest - s.local)
             votes = yield select.votes(q[rows], pool, *where, self._scale).sum(1)
@@ -194,15 +194,18 @@ class TokenSelector(Selector):
         hit = dot >= self._settings.threshold * (own * other).sqrt()
         hit &= (self._held[layer, slot] == rows.position - 1) & ~facts.again
         chosen = self._choices[layer, slot]
-        miss = (~hit).nonzero().flatten()
+        asked = _asked(~hit)
+        miss = ~hit[asked]
         if len(miss):
-            seen, budget = rows.position[miss] + 1, rows.budget[miss]
-            found = yield from self._middle(q[miss], pool, rows.table[miss], seen, budget, rows.longest)
-            chosen[miss] = found
-            self._queries[layer, slot[miss]] = flat[miss]
-            self._choices[layer, slot[miss]] = found
+            seen = (rows.position[asked] + 1).where(miss, self._forced)  # who keeps its choice has no middle
+            where = rows.table[asked], seen, rows.budget[asked], rows.longest
+            found = yield from self._middle(q[asked], pool, *where)
+            miss = miss[:, None]
+            chosen[asked] = found = found.where(miss, chosen[asked])
+            self._queries[layer, slot[asked]] = flat[asked].where(miss, kept[asked])
+            self._choices[layer, slot[asked]] = found
         self._held[layer, slot] = facts.held
-        self.counts.update(choices_kept=len(hit) - len(miss), choices_made=len(miss))
+        self.counts.update(choices_kept=hit.sum(), choices_made=(~hit).sum())
         slots, counts = _packed(torch.cat([chosen, facts.local], 1), facts.full)
         return self._tokens(slots, facts.starts, counts - 1)
 
@@ -255,10 +258,13 @@ class _Answers:
         self.again[1:] = rows.slot[1:] == rows.slot[:-1]
         self.again[:-1] |= self.again[1:].clone()
         self.held = rows.position.masked_fill(self.again, -1)
-        latest = rows.position[:, None] + torch.arange(1 - settings.local, 1, dtype=torch.int32)
+        device = rows.position.device
+        latest = rows.position[:, None] + torch.arange(
+            1 - settings.local, 1, dtype=torch.int32, device=device
+        )
         self.local = _slots(latest, rows.table, page_size)
-        self.full = bool((rows.budget == settings.budget).all())
-        self.starts = torch.arange(len(rows.slot) + 1, dtype=torch.int32)
+        self.full = bool((rows.facts.budget == settings.budget).all())
+        self.starts = torch.arange(len(rows.slot) + 1, dtype=torch.int32, device=device)
         self.distance = torch.full_like(rows.position, settings.local)
 
 
@@ -273,20 +279,26 @@ class _Chunks:
     """
 
     def __init__(self, rows: PerRow, settings: TokenSelect, page_size: int) -> None:
-        chunk = rows.position // CHUNK * CHUNK
-        new = torch.ones_like(chunk, dtype=torch.bool)
-        new[1:] = (chunk[1:] != chunk[:-1]) | (rows.slot[1:] != rows.slot[:-1])
-        first = new.nonzero().flatten()
-        starts = torch.cat([first, first.new_tensor([len(chunk)])])
-        last = rows.position[starts[1:] - 1]
-        self.starts, self.lengths = starts.int(), starts.diff().tolist()
-        self.seen, self.budget, self.table = chunk[first], rows.budget[first], rows.table[first]
-        self.longest = int(self.seen.max())
-        tail = self.seen[:, None] + torch.arange(-settings.local, CHUNK, dtype=torch.int32)
+        facts, device = rows.facts, rows.position.device
+        chunk = facts.position // CHUNK * CHUNK
+        new = np.append(True, (np.diff(chunk) != 0) | (np.diff(facts.seq) != 0))
+        starts = np.append(np.flatnonzero(new), len(chunk))
+        self.lengths, self.longest = np.diff(starts).tolist(), int(chunk.max())
+        first = put(torch.from_numpy(starts[:-1]), device)
+        self.starts = put(torch.from_numpy(starts), device).int()
+        self.of_row = put(torch.from_numpy(new.cumsum() - 1), device)
+        self.budget, self.table = rows.budget[first], rows.table[first]
+        self.seen = rows.position[first] // CHUNK * CHUNK
+        last = rows.position[self.starts[1:] - 1]
+        tail = self.seen[:, None] + torch.arange(-settings.local, CHUNK, dtype=torch.int32, device=device)
         self.tail = _slots(tail.masked_fill(tail > last[:, None], -1), self.table, page_size)
-        self.of_row = new.cumsum(0) - 1
         self.behind = last[self.of_row] - rows.position
-        self.distance = settings.local + rows.position - chunk
+        self.distance = settings.local + rows.position - self.seen[self.of_row]
+
+
+def _asked(miss: Tensor) -> Tensor | slice:
+    """The rows that are worked on: those that miss, or all where the host would have to wait to know."""
+    return miss.nonzero().flatten() if miss.device.type == "cpu" else slice(None)
 
 
 def _slots(index: Tensor, table: Tensor, page_size: int) -> Tensor:
@@ -297,7 +309,7 @@ def _slots(index: Tensor, table: Tensor, page_size: int) -> Tensor:
 def _packed(slots: Tensor, full: bool) -> tuple[Tensor, Tensor]:
     """Slots with what is -1 behind the others, and how many those are (int32); full: none is -1."""
     if full:
-        return slots, torch.full((len(slots),), slots.shape[1], dtype=torch.int32)
+        return slots, slots.new_full((len(slots),), slots.shape[1])
     real = slots >= 0
     behind = torch.argsort((~real).int(), dim=1, stable=True)
     return slots.gather(1, behind).clamp_(min=0), real.sum(1).int()

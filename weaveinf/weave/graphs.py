@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import TENSORS, Batch
 
 RESIDENT = 24
 """Graphs that are kept at most; the one that was not used for longest goes first."""
@@ -26,7 +25,7 @@ OTHERS = 8
 MOST_ROWS = 1024
 """Of a graph that is no decode step. With more rows a GPU takes longer than the host that issues its work."""
 
-_INT32 = [f.name for f in fields(Batch) if f.name != "input_ids"]
+_INT32 = [name for name in TENSORS if name != "input_ids"]
 
 
 def padded(rows: int) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import TENSORS, Batch
 from weaveinf.comm.aid import WORTH
 from weaveinf.comm.segment import check
 from weaveinf.ops import native
@@ -19,8 +18,6 @@ from weaveinf.weave.graphs import is_decode
 
 RESIDENT = 128
 """Tapes that are kept at most; the one that was not used for longest goes first."""
-
-_FIELDS = [field.name for field in fields(Batch)]
 
 
 class _Kept(NamedTuple):
@@ -70,7 +67,7 @@ class Tapes:
         return kept.x
 
     def _record(self, key: tuple[int, int], batch: Batch) -> Tensor:
-        static = Batch(**{name: torch.empty_like(getattr(batch, name)) for name in _FIELDS})
+        static = Batch(**{name: torch.empty_like(getattr(batch, name)) for name in TENSORS})
         # Its columns are those of all batches of the key; no sequence reads beyond its own.
         static.block_table = torch.zeros(key[0], 1 << key[1], dtype=torch.int32)
         _fill(static, batch)
@@ -90,6 +87,6 @@ class Tapes:
 
 
 def _fill(into: Batch, batch: Batch) -> None:
-    for name in _FIELDS:
+    for name in TENSORS:
         given, to = getattr(batch, name), getattr(into, name)
         (to[:, : given.shape[1]] if name == "block_table" else to).copy_(given)

@@ -98,6 +98,8 @@ class Weaver:
             return "weave is off"
         if config.weave == "auto" and self.seam.fused and self._on_cpu:
             return "nothing to hide: the ranks share memory"
+        if config.selector is not None and not self._on_cpu:
+            return "a selector's votes and seams would be under way at once"
         return ""
 
     def run(self, batch: Batch, cut: int, ctas: tuple[int, int] = (0, 0)) -> Tensor:
