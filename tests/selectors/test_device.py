@@ -16,7 +16,7 @@ from tests.selectors.test_selectors import table
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
-from weaveinf.selectors import selector
+from weaveinf.selectors import selector, tokenselect
 from weaveinf.selectors.fasa import Fasa
 from weaveinf.selectors.hisa import STAGED, Hisa
 from weaveinf.selectors.lazyllm import LazyLlm
@@ -46,6 +46,7 @@ def heads(device: torch.device, ranks: int = 1) -> Heads:
         Index(20, 16, 1),
         0,
         MODEL,
+        rotary=torch.ones(1, 1),
     )
 
 
@@ -86,16 +87,25 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "write_bounds", there)
     monkeypatch.setattr(select, "write_channels", there)
     monkeypatch.setattr(index, "scores", scores)
-    for module in (select, selector):
+
+    def turned(x: Tensor, rotary: Tensor, positions: Tensor) -> Tensor:
+        there(x, positions)
+        return x
+
+    monkeypatch.setattr(tokenselect, "rope_", turned)
+    for module in (select, selector, tokenselect):
         monkeypatch.setattr(module, "paged_attention", attention)
 
 
-@pytest.mark.parametrize("method", ["tokenselect", "fasa", "fasa, query heads", "fasa, host", "quest"])
+@pytest.mark.parametrize(
+    "method", ["tokenselect", "tokenselect, compacted", "fasa", "fasa, query heads", "fasa, host", "quest"]
+)
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_the_host_waits_for_nothing(tmp_path: Path, method: str, ranks: int) -> None:
     path = table(tmp_path)[0] if method.startswith("fasa") else ""
     settings: Any = {
         "tokenselect": TokenSelect(dense_below=0, budget=60, sinks=5, local=30),
+        "tokenselect, compacted": TokenSelect(budget=60, sinks=5, local=30, positions="compacted"),
         "fasa": Fasa(dense_below=0, table=path, budget=50, planes=5),
         "fasa, query heads": Fasa(dense_below=0, table=path, budget=50, planes=5, sets="query_head"),
         "fasa, host": Fasa(dense_below=0, table=path, budget=50, planes=5, memory="host"),

@@ -18,7 +18,7 @@ Queries vote on the keys of their own KV head, h // group; the authors' code tak
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -156,16 +156,19 @@ class TokenSelector(Selector):
                 table, longest = segment.block_table, int(batch.host.positions[segment.rows].max()) + 1
                 index = torch.arange(longest, dtype=torch.int32, device=table.device).repeat(len(table), 1)
                 slots = _slots(index, table, self._page)
-                segment.chosen = self._tokens(slots, segment.cu_seqlens, segment.positions)
+                seq = facts.seq[segment.rows]
+                bounds = np.searchsorted(seq, np.arange(seq[0], seq[-1] + 2)).tolist()
+                segment.chosen = self._tokens(slots, segment.cu_seqlens, segment.positions, bounds)
         return [
             (s, None if s.per_row is None else of_kind[s.kind](s.per_row, self._settings, self._page))
             for s in found
         ]
 
-    def _tokens(self, slots: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tokens:
+    def _tokens(self, slots: Tensor, cu_seqlens: Tensor, positions: Tensor, bounds: Sequence[int]) -> Tokens:
+        """bounds: cu_seqlens on the host."""
         if self._rotary is None:
             return Tokens(slots, cu_seqlens, positions)
-        return Compacted(slots, cu_seqlens, positions, self._rotary)
+        return Compacted(slots, cu_seqlens, positions, bounds, self._rotary)
 
     def _middle(
         self, q: Tensor, pool: Tensor, table: Tensor, seen: Tensor, budget: Tensor, longest: int
@@ -207,38 +210,37 @@ class TokenSelector(Selector):
         self._held[layer, slot] = facts.held
         self.counts.update(choices_kept=hit.sum(), choices_made=(~hit).sum())
         slots, counts = _packed(torch.cat([chosen, facts.local], 1), facts.full)
-        return self._tokens(slots, facts.starts, counts - 1)
+        return self._tokens(slots, facts.starts, counts - 1, range(len(slots) + 1))
 
     def _for_prompts(self, q: Tensor, pool: Tensor, facts: _Chunks) -> Generator[Tensor, Tensor, Tokens]:
         means = torch.stack([part.float().mean(0) for part in q.split(facts.lengths)]).to(q.dtype)
         chosen = yield from self._middle(means, pool, facts.table, facts.seen, facts.budget, facts.longest)
         slots, counts = _packed(torch.cat([chosen, facts.tail], 1), False)
-        return self._tokens(slots, facts.starts, counts[facts.of_row] - 1 - facts.behind)
+        places = counts[facts.of_row] - 1 - facts.behind
+        return self._tokens(slots, facts.starts, places, facts.bounds)
 
 
 @dataclass
 class Compacted(Tokens):
     """Of keys that are cached unrotated: a sequence's tokens stand at positions 0, 1, ... in their order, and
-    its rows at theirs among them."""
+    its rows at theirs among them. bounds: cu_seqlens on the host."""
 
+    bounds: Sequence[int]
     rotary: Tensor
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
         """See `Chosen`."""
-        bounds = self.cu_seqlens.tolist()
-        for part in slices(len(self.slots), self.slots.shape[1] * keys[0, 0].numel()):
-            rows = slice(bounds[part.start], bounds[part.stop])
-            if rows.start == rows.stop:
-                continue
-            at = self.positions[rows]
-            places = torch.arange(int(at.max()) + 1, dtype=torch.int32)
-            slots = self.slots[part, : len(places)].long()
+        count, device = self.slots.shape[1], q.device
+        places = torch.arange(count, dtype=torch.int32, device=device)
+        for part in slices(len(self.slots), count * keys[0, 0].numel()):
+            rows = slice(self.bounds[part.start], self.bounds[part.stop])
+            slots = self.slots[part].long()
             k, v = keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots]
             rope_(k.flatten(0, 1), self.rotary, places.repeat(len(slots)))
-            turned = rope_(q[rows].clone(), self.rotary, at)
-            pages = torch.arange(len(slots), dtype=torch.int32).unsqueeze(1)
-            cu_seqlens = self.cu_seqlens[part.start : part.stop + 1] - rows.start
-            paged_attention(turned, k, v, pages, cu_seqlens, at, scale, out=out[rows])
+            turned = rope_(q[rows].clone(), self.rotary, self.positions[rows])
+            pages = torch.arange(len(slots), dtype=torch.int32, device=device).unsqueeze(1)
+            where = pages, self.cu_seqlens[part.start : part.stop + 1] - rows.start, self.positions[rows]
+            paged_attention(turned, k, v, *where, scale, out=out[rows])
 
 
 class _Answers:
@@ -272,6 +274,7 @@ class _Chunks:
     """What all layers ask of a prompt's rows, which choose by chunks.
 
     Attributes:
+        bounds: where chunks begin, and the last ends.
         lengths, seen, budget, table: of each chunk, its rows, the tokens before it, and its request's.
         tail: slots of what is local to a chunk, and of the chunk; int32 [chunks, local + CHUNK], -1 behind
         them. of_row: each row's chunk. behind: how many rows of the chunk come after it (int32).
@@ -283,7 +286,8 @@ class _Chunks:
         chunk = facts.position // CHUNK * CHUNK
         new = np.append(True, (np.diff(chunk) != 0) | (np.diff(facts.seq) != 0))
         starts = np.append(np.flatnonzero(new), len(chunk))
-        self.lengths, self.longest = np.diff(starts).tolist(), int(chunk.max())
+        self.bounds, self.longest = starts.tolist(), int(chunk.max())
+        self.lengths = np.diff(starts).tolist()
         first = put(torch.from_numpy(starts[:-1]), device)
         self.starts = put(torch.from_numpy(starts), device).int()
         self.of_row = put(torch.from_numpy(new.cumsum() - 1), device)
@@ -293,7 +297,7 @@ class _Chunks:
         tail = self.seen[:, None] + torch.arange(-settings.local, CHUNK, dtype=torch.int32, device=device)
         self.tail = _slots(tail.masked_fill(tail > last[:, None], -1), self.table, page_size)
         self.behind = last[self.of_row] - rows.position
-        self.distance = settings.local + rows.position - self.seen[self.of_row]
+        self.distance = settings.local + rows.position % CHUNK
 
 
 def _asked(miss: Tensor) -> Tensor | slice:
