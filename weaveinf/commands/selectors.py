@@ -76,7 +76,7 @@ class Context:
                 batch = self.rows(rows, s, s + 1)
                 for layer in _TIMED:
                     keys = self.pools["key"][layer]
-                    selector.write(layer, keys.flatten(0, 1)[batch.slot_mapping.long()], keys, batch)
+                    selector.write(layer, _written(keys, batch), keys, batch)
         return selector
 
     def rows(self, positions: Tensor, first: int, end: int) -> Batch:
@@ -170,8 +170,10 @@ def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
     def dense() -> None:
         paged_attention(q, keys, values, *where, scale, out=out)
 
+    new = _written(keys, batch)
+
     def chosen() -> None:
-        _step(selector, layer, q, (keys, values), replace(batch), out)
+        _step(selector, layer, q, new, (keys, values), replace(batch), out)
 
     of = f"{CHUNK} of a prompt"
     calls = {f"dense, {of}": _ms(dense), f"tokenselect, {of}": _ms(chosen)}
@@ -244,20 +246,32 @@ def _chosen(context: Context, wanted: dict[str, Any]) -> Callable[[], float]:
         """A step: the answer goes on by a token, over and over in the same few places."""
         at[0] = context.tokens - 1 + (at[0] - context.tokens + 2) % _STEPS
         batch = context.rows(torch.tensor(at, dtype=torch.int32), 0, context.batch)
+        pools = [(context.pools["key"][layer], context.pools["value"][layer]) for layer in _TIMED]
+        new = [_written(keys, batch) for keys, _ in pools]
         began = time.perf_counter()
-        for layer in _TIMED:
-            keys, values = (context.pools[name][layer] for name in ("key", "value"))
-            _step(selector, layer, q, (keys, values), batch, out)
+        for layer, rows, of_layer in zip(_TIMED, new, pools, strict=True):
+            _step(selector, layer, q, rows, of_layer, batch, out)
         return (time.perf_counter() - began) / len(_TIMED) * 1e3
 
     return call
 
 
+def _written(keys: Tensor, batch: Batch) -> Tensor:
+    """The batch's keys, as the products made them."""
+    return keys.flatten(0, 1)[batch.slot_mapping.long()]
+
+
 def _step(
-    selector: Selector, layer: int, q: Tensor, pools: tuple[Tensor, Tensor], batch: Batch, out: Tensor
+    selector: Selector,
+    layer: int,
+    q: Tensor,
+    new: Tensor,
+    pools: tuple[Tensor, Tensor],
+    batch: Batch,
+    out: Tensor,
 ) -> None:
     """What a layer does with a selector, but for the model's products."""
-    selector.write(layer, pools[0].flatten(0, 1)[batch.slot_mapping.long()], pools[0], batch)
+    selector.write(layer, new, pools[0], batch)
     turn = selector.choose(layer, q, pools[0], batch)
     try:
         ballot = next(turn)

@@ -43,7 +43,9 @@ class HeadsChoice:
         self._heads = heads
         seen, wanted = rows.position // run + 1, rows.budget // run
         self._firsts, self._ends = torch.full_like(seen, forced[0]), seen - forced[1]
-        self._seen, self._wanted = (x.repeat_interleave(len(heads.kv_heads)) for x in (seen, wanted))
+        self._seen, self._wanted = (
+            x[:, None].expand(-1, len(heads.kv_heads)).flatten().contiguous() for x in (seen, wanted)
+        )
         self._width = (rows.longest - 1) // run + 1
         self._scale, self._soft = heads.head_dim**-0.5, soft
 
