@@ -426,7 +426,9 @@ def test_what_is_read_stands_side_by_side(
     )
     lengths = [300, 96, 40, 50, CHUNK + 37, 200]
     cached = Cached(lengths, [40, 20, 40, 50, CHUNK + 37, 20], dtype=dtype)
-    group = Group(cached, COMPACTED)
+    group = Group(cached, replace(COMPACTED, budget=4096))
+    for slot in range(len(lengths)):  # less than there is room for, which is more than the rotary table has
+        part_of(group).admit(slot, COMPACTED.budget)
     group.write(cached.batch([(s, 0, n) for s, n in enumerate(lengths)]))
     rows = [(0, 299, 300), (1, 95, 96), (2, 30, 40), (3, 50, 50), (4, CHUNK, CHUNK + 37), (5, 50, 52)]
     batch = cached.batch(rows)

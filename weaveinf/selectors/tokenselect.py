@@ -29,7 +29,6 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch, put
 from weaveinf.ops import select
-from weaveinf.ops.attention import paged_attention
 from weaveinf.ops.rope import rope_
 from weaveinf.selectors.selector import (
     ANSWER,
@@ -230,17 +229,17 @@ class Compacted(Tokens):
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
         """See `Chosen`."""
-        count, device = self.slots.shape[1], q.device
-        places = torch.arange(count, dtype=torch.int32, device=device)
-        for part in slices(len(self.slots), count * keys[0, 0].numel()):
+        # There may be room for more than requests choose that ask for less, and more than can be rotated.
+        slots = self.slots[:, : len(self.rotary)].long()
+        count = slots.shape[1]
+        for part in slices(len(slots), count * keys[0, 0].numel()):
             rows = slice(self.bounds[part.start], self.bounds[part.stop])
-            slots = self.slots[part].long()
-            k, v = keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots]
-            rope_(k.flatten(0, 1), self.rotary, places.repeat(len(slots)))
+            k, v = (pool.flatten(0, 1)[slots[part]] for pool in (keys, values))
+            here = torch.arange(len(k) * count, dtype=torch.int32, device=k.device)
+            rope_(k.flatten(0, 1), self.rotary, here % count)
             turned = rope_(q[rows].clone(), self.rotary, self.positions[rows])
-            pages = torch.arange(len(slots), dtype=torch.int32, device=device).unsqueeze(1)
-            where = pages, self.cu_seqlens[part.start : part.stop + 1] - rows.start, self.positions[rows]
-            paged_attention(turned, k, v, *where, scale, out=out[rows])
+            where = here.view(-1, count), self.cu_seqlens[part.start : part.stop + 1] - rows.start
+            select.attend(turned, k, v, *where, self.positions[rows], scale, out[rows])
 
 
 class _Answers:
