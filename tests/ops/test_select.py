@@ -51,9 +51,10 @@ def test_votes(
     firsts, ends = torch.tensor(SPANS, dtype=torch.int32).T.contiguous()
     width = int(ends.max()) + 3
     q = torch.randn(len(SPANS), heads + 2, dim).to(dtype)[:, 1:-1]
-    got = select.votes(q, pool, table, firsts, ends, width, dim**-0.5)
+    given_ = (table, firsts, ends), width, dim**-0.5, None, True
+    got = select.votes(q, pool, *given_)
     clean = pool.nan_to_num()
-    want = select.votes_reference(q.double(), clean.double(), table, firsts, ends, width, dim**-0.5)
+    want = select.votes_reference(q.double(), clean.double(), *given_)
     outside = want.isinf()
     assert torch.equal(got.isinf(), outside)
     # exp multiplies a score's error, which is of its own sum of `dim` products
@@ -69,15 +70,8 @@ def test_a_score_that_is_no_number_is_the_worst(monkeypatch: pytest.MonkeyPatch)
     pool, table = paged([(0, 90)], 2, 32, 16, torch.float32)
     pool.view(-1, 2, 32)[table[0, 1] * 16 + 3, 1] = torch.nan
     q = torch.randn(1, 4, 32)
-    given_ = (
-        q,
-        pool,
-        table,
-        torch.zeros(1, dtype=torch.int32),
-        torch.tensor([90], dtype=torch.int32),
-        90,
-        1.0,
-    )
+    where = table, torch.zeros(1, dtype=torch.int32), torch.tensor([90], dtype=torch.int32)
+    given_ = q, pool, where, 90, 1.0, None, True
     got, want = select.votes(*given_), select.votes_reference(*given_)
     assert got[0, 1, 19] == want[0, 1, 19] == 0
     close(got, want, 64, 1.0)
@@ -214,7 +208,7 @@ def test_votes_of_some_channels_and_of_bounds(
     channels = torch.stack([torch.randperm(64)[:32] for _ in range(2)]).int()
     for width, chosen, soft in ((64, channels, True), (16, None, True), (16, None, False)):
         q = torch.randn(2, 6, width).to(dtype)
-        given_ = (table, firsts, ends, 300, 0.2, chosen, soft)
+        given_ = (table, firsts, ends), 300, 0.2, chosen, soft
         got = select.votes(q, pool, *given_)
         want = select.votes_reference(q.double(), pool.nan_to_num().double(), *given_)
         size = 1.0 if soft else float(want.nan_to_num(posinf=9).abs().max())

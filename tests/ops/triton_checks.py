@@ -269,7 +269,7 @@ def check_votes(
     firsts, ends = spans(device)
     where, width = (table, firsts, ends), int(ends.max()) + 3
     given = (width, dim**-0.5, channels, "sums" not in kind)
-    want = select.votes_reference(q.double(), keys.double(), *where, *given)
+    want = select.votes_reference(q.double(), keys.double(), where, *given)
     got = kernels.votes(q, keys, where, *given)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want.float(), atol=1e-4, rtol=1e-4)

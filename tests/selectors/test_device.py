@@ -16,6 +16,7 @@ from tests.selectors.test_selectors import table
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
+from weaveinf.ops.select import Where
 from weaveinf.selectors import selector, tokenselect
 from weaveinf.selectors.fasa import Fasa
 from weaveinf.selectors.hisa import STAGED, Hisa
@@ -57,9 +58,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def there(*given: Any) -> None:
         assert {x.device for x in given if isinstance(x, Tensor)} == {META}
 
-    def votes(q: Tensor, keys: Tensor, *given: Any) -> Tensor:
-        there(q, keys, *given)
-        return torch.empty(len(q), keys.shape[2], given[3], device=META)
+    def votes(q: Tensor, keys: Tensor, where: Where, width: int, *given: Any) -> Tensor:
+        there(q, keys, *where, *given)
+        return torch.empty(len(q), keys.shape[2], width, device=META)
 
     def top_k(scores: Tensor, ends: Tensor, wanted: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         there(scores, ends, wanted)

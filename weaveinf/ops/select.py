@@ -15,20 +15,15 @@ from weaveinf.ops.attention import paged_attention
 
 _MOST_CHANNELS = 1024  # of select.cpp
 
+Where = tuple[Tensor, Tensor, Tensor]
+"""Of each row its pages, int32 [rows, max_blocks], and where its candidates begin and end, int32 [rows]."""
+
 
 def votes_reference(
-    q: Tensor,
-    keys: Tensor,
-    table: Tensor,
-    firsts: Tensor,
-    ends: Tensor,
-    width: int,
-    scale: float,
-    channels: Tensor | None = None,
-    soft: bool = True,
+    q: Tensor, keys: Tensor, where: Where, width: int, scale: float, channels: Tensor | None, soft: bool
 ) -> Tensor:
     """See `votes`."""
-    rows, heads, _ = q.shape
+    (rows, heads, _), (table, firsts, ends) = q.shape, where
     page_size, kv_heads, dim = keys.shape[1:]
     if channels is not None:
         q = _picked(q, channels.repeat_interleave(heads // kv_heads, 0))
@@ -53,22 +48,13 @@ def _picked(x: Tensor, channels: Tensor) -> Tensor:
 
 
 def votes(
-    q: Tensor,
-    keys: Tensor,
-    table: Tensor,
-    firsts: Tensor,
-    ends: Tensor,
-    width: int,
-    scale: float,
-    channels: Tensor | None = None,
-    soft: bool = True,
+    q: Tensor, keys: Tensor, where: Where, width: int, scale: float, channels: Tensor | None, soft: bool
 ) -> Tensor:
     """The soft vote of TokenSelect (arXiv 2411.02886, section 4.1), by KV head: for row r of q [rows, Hq, D],
     the sum over the query heads h of a KV head of softmax(scale * q[h] . keys) -> float32 [rows, Hkv, width].
 
-    Candidates are the positions firsts[r] to ends[r] (exclusive; int32 [rows], at most width); all others get
-    an infinite vote. keys: [num_pages, page_size, Hkv, K], of which table[r] (int32 [rows, max_blocks]) lists
-    row r's pages. Query head h is of KV head h // (Hq // Hkv). A score that is NaN counts as -inf.
+    Candidates are positions before `width`; all others get an infinite vote. keys: [num_pages, page_size,
+    Hkv, K]. Query head h is of KV head h // (Hq // Hkv). A score that is NaN counts as -inf.
 
     K is D; or channels (int32 [Hkv, K]) says which of a query's elements meet the keys' (-1: none); or it is
     2 D, and a query meets them as max(q, 0) and then min(q, 0), as bounds want it. soft: else the sum is of
@@ -78,13 +64,13 @@ def votes(
     if q.is_cuda:
         from weaveinf.ops import triton_select
 
-        return triton_select.votes(q, keys, (table, firsts, ends), width, scale, channels, soft)
+        return triton_select.votes(q, keys, where, width, scale, channels, soft)
     if native.lib is None or q.dtype not in native.DTYPES or dim % 16 or dim > _MOST_CHANNELS:
-        return votes_reference(q, keys, table, firsts, ends, width, scale, channels, soft)
+        return votes_reference(q, keys, where, width, scale, channels, soft)
     out, threads = torch.empty(q.shape[0], keys.shape[2], width), torch.get_num_threads()
     native.lib.weave_votes(
-        *native.pointers(q, keys, out, table, firsts, ends, channels),
-        *(q.stride(0), q.stride(1), table.stride(0)),
+        *native.pointers(q, keys, out, *where, channels),
+        *(q.stride(0), q.stride(1), where[0].stride(0)),
         *(q.shape[0], q.shape[1], keys.shape[2], dim, keys.shape[1], width),
         *(channels is None and q.shape[2] != dim, soft, native.DTYPES[q.dtype], threads, scale),
     )

@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weaveinf.ops.select import Where
 from weaveinf.ops.triton_attention import LOG2E, splits
 
 _TILE = tl.constexpr(1024)
 _PASSES = tl.constexpr(4)
 
-Where = tuple[Tensor, Tensor, Tensor]
-"""Of each row its pages, int32 [rows, max_blocks], and where its candidates begin and end, int32 [rows]."""
 Given = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 

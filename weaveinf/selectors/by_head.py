@@ -58,8 +58,8 @@ class HeadsChoice:
         index = torch.empty(len(q), kv_heads, capacity, dtype=torch.int32, device=q.device)
         counts = torch.empty(len(q), kv_heads, dtype=torch.int32, device=q.device)
         for rows in slices(len(q), self._heads.num_kv_heads * self._width):
-            where = (self.rows.table[rows], self._firsts[rows], self._ends[rows], self._width)
-            votes = select.votes(q[rows], keys, *where, self._scale, channels, self._soft)
+            where = self.rows.table[rows], self._firsts[rows], self._ends[rows]
+            votes = select.votes(q[rows], keys, where, self._width, self._scale, channels, self._soft)
             if self._heads.replicated:  # the queries of a KV head are on several ranks
                 ballot = votes.new_zeros(len(votes), self._heads.num_kv_heads, self._width)
                 own = slice(self._heads.kv_heads.start, self._heads.kv_heads.stop)

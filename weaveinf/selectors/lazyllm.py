@@ -247,7 +247,8 @@ class LazySelector(Selector):
         ends = torch.tensor([len(tokens) for tokens in reads], dtype=torch.int32)
         latest = q[[row for row, _ in rows]]
         one, scale = pool.view(-1, 1, *pool.shape[2:]), self._heads.head_dim**-0.5
-        votes = select.votes(latest, one, slots, torch.zeros_like(ends), ends, slots.shape[1], scale).sum(1)
+        where = slots, torch.zeros_like(ends), ends
+        votes = select.votes(latest, one, where, slots.shape[1], scale, None, True).sum(1)
         total = yield votes
         for i, request in enumerate(requests):
             request.seen[stage] = reads[i], total[i, : len(reads[i])].clone()

@@ -178,8 +178,8 @@ class TokenSelector(Selector):
         firsts, ends = torch.full_like(seen, s.sinks), seen - s.local
         index = torch.empty(len(q), s.sinks + s.budget, dtype=torch.int32, device=q.device)
         for rows in slices(len(q), self._heads.num_kv_heads * longest):
-            where = (table[rows], firsts[rows], ends[rows], longest - s.local)
-            votes = yield select.votes(q[rows], pool, *where, self._scale).sum(1)
+            where, width = (table[rows], firsts[rows], ends[rows]), longest - s.local
+            votes = yield select.votes(q[rows], pool, where, width, self._scale, None, True).sum(1)
             if self.unrotated:
                 votes = votes.bfloat16().float()
             index[rows], _ = select.top_k(votes, ends[rows], budget[rows] + s.sinks, index.shape[1])
