@@ -33,14 +33,19 @@ class Machine:
         share = torch.get_num_threads()
         torch.set_num_threads(max(share, physical(os.sched_getaffinity(0))))
         with torch.inference_mode():
-            memory = torch.ones(1 << 26)
-            gb_per_s = memory.nbytes / _fastest(memory.sum) / 1e9
+            gb_per_s = read_rate(torch.device("cpu"))
             rows, side = 512, 2048
             x, weight = torch.randn(rows, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
             packed = pack(weight)
             gflops = 2 * rows * side * side / _fastest(lambda: linear(x, packed)) / 1e9
         torch.set_num_threads(share)
         return cls(gb_per_s, gflops)
+
+
+def read_rate(device: torch.device) -> float:
+    """GB/s at which a device reads its memory."""
+    memory = torch.ones(1 << 27, device=device)
+    return memory.nbytes / _fastest(lambda: memory.sum().item()) / 1e9
 
 
 def _fastest(call: Any, repeats: int = 4) -> float:

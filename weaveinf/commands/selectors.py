@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
-from weaveinf.commands.report import Machine, write_json
+from weaveinf.commands.report import read_rate, write_json
 from weaveinf.config import PAGE_SIZE
 from weaveinf.ops import index, select
 from weaveinf.ops.attention import paged_attention
@@ -41,7 +42,9 @@ _STEPS = 12
 class Context:
     """A batch of sequences with random keys and values in pages in random order, one layer after another."""
 
-    def __init__(self, args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, args: argparse.Namespace, tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.batch, self.tokens = args.batch, tokens
         self.heads = Heads(
             num_layers=_LAYERS,
@@ -52,14 +55,14 @@ class Context:
             ranks=1,
             max_num_seqs=args.batch,
             dtype=dtype,
-            device=torch.device("cpu"),
+            device=device,
         )
         each = -(-(tokens + _STEPS * 2) // PAGE_SIZE)
         self.table = torch.randperm(args.batch * each).to(torch.int32).view(args.batch, each)
         shape = (args.kv_heads, args.head_dim)
         self.specs = [PoolSpec(name, shape, dtype, _LAYERS) for name in ("key", "value")]
         self.pools = Pools(self.specs, args.batch * each, PAGE_SIZE, self.heads.device, True)
-        noise = torch.randn(1 << 22).to(dtype)
+        noise = torch.randn(1 << 22, device=device).to(dtype)
         for name in ("key", "value"):
             for layer in _TIMED:
                 flat = self.pools[name][layer].flatten()
@@ -79,8 +82,8 @@ class Context:
                     selector.write(layer, _written(keys, batch), keys, batch)
         return selector
 
-    def rows(self, positions: Tensor, first: int, end: int) -> Batch:
-        """These positions of each of some sequences."""
+    def rows(self, positions: Tensor, first: int, end: int, prompt: int = 1) -> Batch:
+        """These positions of each of some sequences, whose prompts are so long."""
         count = len(positions)
         table = self.table[first:end]
         slots = table[:, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
@@ -91,28 +94,29 @@ class Context:
             slot_mapping=slots.flatten().int(),
             cu_seqlens_q=torch.arange(len(every) + 1, dtype=torch.int32) * count,
             seq_lens=(positions[-1:] + 1).repeat(len(every)),
-            num_prompt_tokens=torch.ones_like(every),
+            num_prompt_tokens=torch.full_like(every, prompt),
             block_table=table,
             state_slot=every,
             logit_rows=torch.arange(count * len(every)),
-        )
+        ).to(self.heads.device)
 
 
 def run(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16
-    machine = Machine.measure(dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = read_rate(device)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for tokens in args.tokens:
-            context = Context(args, tokens, dtype)
+            context = Context(args, tokens, dtype, device)
             methods = _methods(args, Path(folder), context.heads)
-            rows += _compare(context, methods, args.turns, machine)
+            rows += _compare(context, methods, args.turns, rate)
             if "tokenselect" in args.methods:
                 rows += _prompt(context, max(1, args.turns // 5))
             if "hisa" in args.methods:
                 rows += _index(context, args.turns)
     about = {"batch": args.batch, "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim}
-    about |= {"machine_gb_per_s": machine.gb_per_s, "threads": torch.get_num_threads(), "rows": rows}
+    about |= {"machine_gb_per_s": rate, "threads": torch.get_num_threads(), "rows": rows}
     print(_table(about))
     write_json(args.json, about)
 
@@ -133,13 +137,13 @@ def _methods(args: argparse.Namespace, folder: Path, heads: Heads) -> dict[str, 
 
 
 def _compare(
-    context: Context, methods: dict[str, dict[str, Any]], turns: int, machine: Machine
+    context: Context, methods: dict[str, dict[str, Any]], turns: int, rate: float
 ) -> list[dict[str, Any]]:
     calls = {"dense": _dense(context)} | {title: _chosen(context, m) for title, m in methods.items()}
     rows = _rows(context.tokens, calls, turns)
     heads = context.heads
     gigabytes = 2 * context.batch * context.tokens * heads.num_kv_heads * heads.head_dim * 2 / 1e9
-    rows[0]["share_of_bandwidth"] = gigabytes / rows[0]["ms"] * 1e3 / machine.gb_per_s
+    rows[0]["share_of_bandwidth"] = gigabytes / rows[0]["ms"] * 1e3 / rate
     return rows
 
 
@@ -160,9 +164,8 @@ def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
     """A chunk at the end of a prompt, read by TokenSelect and whole."""
     selector = context.make({"name": "tokenselect", "dense_below": 0})
     heads, layer, end = context.heads, _TIMED[0], context.tokens // CHUNK * CHUNK
-    batch = context.rows(torch.arange(end - CHUNK, end, dtype=torch.int32), 0, 1)
-    batch = replace(batch, num_prompt_tokens=batch.seq_lens)
-    q = torch.randn(CHUNK, heads.num_heads, heads.head_dim).to(heads.dtype)
+    batch = context.rows(torch.arange(end - CHUNK, end, dtype=torch.int32), 0, 1, end)
+    q = torch.randn(CHUNK, heads.num_heads, heads.head_dim, device=heads.device).to(heads.dtype)
     keys, values = (context.pools[name][layer] for name in ("key", "value"))
     out, scale = torch.empty_like(q), heads.head_dim**-0.5
     where = (batch.block_table, batch.cu_seqlens_q, batch.positions)
@@ -173,7 +176,7 @@ def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
     new = _written(keys, batch)
 
     def chosen() -> None:
-        _step(selector, layer, q, new, (keys, values), replace(batch), out)
+        _step(selector, layer, q, new, (keys, values), copy(batch), out)
 
     of = f"{CHUNK} of a prompt"
     calls = {f"dense, {of}": _ms(dense), f"tokenselect, {of}": _ms(chosen)}
@@ -206,20 +209,27 @@ def _index(context: Context, turns: int) -> list[dict[str, Any]]:
     return _rows(context.tokens, {"index, flat": _ms(flat), "index, hisa": _ms(hisa)}, turns)
 
 
+def _now() -> float:
+    """Seconds, once a device has done all it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _ms(call: Callable[[], None]) -> Callable[[], float]:
     """The same, which says how long it took."""
 
     def timed() -> float:
-        began = time.perf_counter()
+        began = _now()
         call()
-        return (time.perf_counter() - began) * 1e3
+        return (_now() - began) * 1e3
 
     return timed
 
 
 def _queries(context: Context) -> Tensor:
     heads = context.heads
-    return torch.randn(context.batch, heads.num_heads, heads.head_dim).to(heads.dtype)
+    return torch.randn(context.batch, heads.num_heads, heads.head_dim, device=heads.device).to(heads.dtype)
 
 
 def _dense(context: Context) -> Callable[[], float]:
@@ -228,11 +238,11 @@ def _dense(context: Context) -> Callable[[], float]:
     where = (batch.block_table, batch.cu_seqlens_q, batch.positions)
 
     def call() -> float:
-        began = time.perf_counter()
+        began = _now()
         for layer in _TIMED:
             keys, values = (context.pools[name][layer] for name in ("key", "value"))
             paged_attention(q, keys, values, *where, context.heads.head_dim**-0.5, out=out)
-        return (time.perf_counter() - began) / len(_TIMED) * 1e3
+        return (_now() - began) / len(_TIMED) * 1e3
 
     return call
 
@@ -248,10 +258,10 @@ def _chosen(context: Context, wanted: dict[str, Any]) -> Callable[[], float]:
         batch = context.rows(torch.tensor(at, dtype=torch.int32), 0, context.batch)
         pools = [(context.pools["key"][layer], context.pools["value"][layer]) for layer in _TIMED]
         new = [_written(keys, batch) for keys, _ in pools]
-        began = time.perf_counter()
+        began = _now()
         for layer, rows, of_layer in zip(_TIMED, new, pools, strict=True):
             _step(selector, layer, q, rows, of_layer, batch, out)
-        return (time.perf_counter() - began) / len(_TIMED) * 1e3
+        return (_now() - began) / len(_TIMED) * 1e3
 
     return call
 
