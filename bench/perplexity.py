@@ -1,6 +1,6 @@
 """Perplexity of the demo model's answers against the tokens that a selector may read, for every method.
 
-    python bench/perplexity.py [--context 2048] [--prompt 1024] [--budgets 32 64 128 256 512] [--windows 8]
+    python bench/perplexity.py [--context 512] [--prompt 256] [--budgets 32 64 128 256] [--windows 24]
 
 The text is what bench/demo_model held out from training. The first `--prompt` tokens of a window are a
 prompt, which the prompt's rule serves (dense but for TokenSelect). Each later one is fed as an answer's token
@@ -198,10 +198,10 @@ def report(found: dict[str, dict[int, float]], args: argparse.Namespace) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of answers against the tokens read.")
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256, 512])
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=BENCH / "results")
     args = parser.parse_args()

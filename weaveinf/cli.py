@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
         kinds, "selectors", "a layer's decode attention over long contexts, chosen beside dense"
     )
     add = chosen.add_argument
-    add("--methods", nargs="+", default=["tokenselect", "fasa", "quest", "hisa"], help="(all)")
+    methods = ["tokenselect", "fasa", "quest", "hisa"]
+    add("--methods", nargs="+", choices=methods, default=methods, help="(all)")
     add("--tokens", type=int, nargs="+", default=[32768, 131072], help="cached (32768 131072)")
     add("--batch", type=int, default=1, help="sequences (1)")
     add("--heads", type=int, default=16, help="query heads (16)")
@@ -142,6 +143,7 @@ _SETTINGS = (
     "dtype",
     "weave",
     "selector",
+    "index_keys",
     "max_model_len",
     "seed",
     "revision",
@@ -173,6 +175,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
     add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
     add("--weave", help="auto, off or on (auto)")
     add("--selector", help="which tokens long contexts read: NAME, or NAME:setting=value,... (none: all)")
+    add("--index-keys", help="of a model's own indexer: exact or fp8 (exact)")
     add("--max-model-len", type=int, help="tokens of prompt and output together (the model's)")
     add("--seed", type=int, help="of requests without one (0)")
     add("--revision", help="of a hub repository")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from tests.selectors.oracle import chosen
-from weaveinf.ops import index
+from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
 
 PAGE, DIM, HEADS, TOP_K = 4, 16, 5, 7
@@ -100,7 +100,7 @@ class Case:
 
 @pytest.mark.parametrize("floats", [1 << 24, 200])
 def test_the_best_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, floats: int) -> None:
-    monkeypatch.setattr(index, "_FLOATS", floats)
+    monkeypatch.setattr(select, "_FLOATS", floats)
     torch.manual_seed(1)
     Case().check()
 
@@ -133,7 +133,7 @@ def test_the_hadamard_rotation_keeps_products() -> None:
 
 
 def test_candidates_of_a_row_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_FLOATS", 30)
+    monkeypatch.setattr(select, "_FLOATS", 30)
     torch.manual_seed(5)
     case, rows, n = Case(), 11, 13
     slots = torch.cat(case.slots)[torch.randint(0, 80, (rows, n))].int()

@@ -422,7 +422,7 @@ def test_what_is_read_stands_side_by_side(
 ) -> None:
     """Of answers, of a chunk of a prompt and of those who read all; some sequences have no rows."""
     monkeypatch.setattr(
-        tokenselect, "slices", lambda n, _: [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        select, "slices", lambda n, _: [slice(i, min(i + step, n)) for i in range(0, n, step)]
     )
     lengths = [300, 96, 40, 50, CHUNK + 37, 200]
     cached = Cached(lengths, [40, 20, 40, 50, CHUNK + 37, 20], dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -89,6 +90,7 @@ class _Pinned:
     def __init__(self, memory: Tensor) -> None:
         # torch's own pinned memory would be rounded up to a power of two.
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
         self.memory = memory
         where = {"data": (memory.data_ptr(), False), "shape": tuple(memory.shape), "typestr": "|u1"}
         self.__cuda_array_interface__ = where | {"version": 3}

@@ -102,6 +102,8 @@ class Context:
 
 
 def run(args: argparse.Namespace) -> None:
+    if min(args.tokens) < CHUNK or args.heads % args.kv_heads:
+        raise ValueError(f"--tokens must be at least {CHUNK}, --heads a multiple of --kv-heads")
     dtype = torch.bfloat16
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = read_rate(device)

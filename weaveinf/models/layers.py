@@ -458,6 +458,7 @@ class Model:
             rank=self._share.rank,
             fingerprint=fingerprint,
             rotary=self._rotary,
+            max_tokens=config.max_model_len,
         )
 
     def bind(self, pools: Pools, selector: Selector | None = None) -> None:

@@ -16,8 +16,6 @@ from weaveinf.ops import native, select
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
-_FLOATS = 1 << 24
-"""Scores that are held at a time."""
 
 
 class IndexKeys(NamedTuple):
@@ -101,11 +99,8 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """The positions that score best for each row, as `select.top_k` gives them: int32 [rows, top_k], int32
     [rows]; the other arguments are those of `scores`."""
-    index = torch.empty(len(q), top_k, dtype=torch.int32, device=q.device)
-    counts = torch.empty(len(q), dtype=torch.int32, device=q.device)
-    wanted = torch.full_like(ends, top_k)
-    step = max(1, _FLOATS // width)
-    for rows in [slice(at, at + step) for at in range(0, len(q), step)]:
-        found = scores(q[rows], weights[rows], keys, table[rows], ends[rows], width)
-        index[rows], counts[rows] = select.top_k(found, ends[rows], wanted[rows], top_k)
-    return index, counts
+    found, wanted = [], torch.full_like(ends, top_k)
+    for rows in select.slices(len(q), width):
+        own = scores(q[rows], weights[rows], keys, table[rows], ends[rows], width)
+        found.append(select.top_k(own, ends[rows], wanted[rows], top_k))
+    return select.joined(found)

@@ -14,9 +14,22 @@ from weaveinf.ops import native
 from weaveinf.ops.attention import paged_attention
 
 _MOST_CHANNELS = 1024  # of select.cpp
+_FLOATS = 1 << 24
 
 Where = tuple[Tensor, Tensor, Tensor]
 """Of each row its pages, int32 [rows, max_blocks], and where its candidates begin and end, int32 [rows]."""
+
+
+def slices(rows: int, floats: int) -> list[slice]:
+    """Rows of `floats` floats each, cut so that a part has _FLOATS at most; the same on every rank."""
+    step = max(1, _FLOATS // max(1, floats))
+    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+
+
+def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What `top_k` found of parts of the rows, at least one."""
+    index, counts = zip(*parts, strict=True)
+    return torch.cat(index), torch.cat(counts)
 
 
 def votes_reference(

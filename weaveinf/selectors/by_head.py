@@ -27,7 +27,6 @@ from weaveinf.selectors.selector import (
     Selector,
     TokensOfHeads,
     segments,
-    slices,
 )
 
 
@@ -47,17 +46,17 @@ class HeadsChoice:
             x[:, None].expand(-1, len(heads.kv_heads)).flatten().contiguous() for x in (seen, wanted)
         )
         self._width = (rows.longest - 1) // run + 1
+        self._capacity = min(int(rows.facts.budget.max()) // run, self._width)
         self._scale, self._soft = heads.head_dim**-0.5, soft
 
     def choose(
-        self, q: Tensor, keys: Tensor, capacity: int, channels: Tensor | None = None
+        self, q: Tensor, keys: Tensor, channels: Tensor | None = None
     ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """What is chosen by q [rows, Hq, D] of keys as `ops.select.votes` takes them, and how much it is:
         int32 [rows, Hkv, capacity] and [rows, Hkv]."""
-        kv_heads = len(self._heads.kv_heads)
-        index = torch.empty(len(q), kv_heads, capacity, dtype=torch.int32, device=q.device)
-        counts = torch.empty(len(q), kv_heads, dtype=torch.int32, device=q.device)
-        for rows in slices(len(q), self._heads.num_kv_heads * self._width):
+        kv_heads, capacity = len(self._heads.kv_heads), self._capacity
+        found = []
+        for rows in select.slices(len(q), self._heads.num_kv_heads * self._width):
             where = self.rows.table[rows], self._firsts[rows], self._ends[rows]
             votes = select.votes(q[rows], keys, where, self._width, self._scale, channels, self._soft)
             if self._heads.replicated:  # the queries of a KV head are on several ranks
@@ -66,9 +65,9 @@ class HeadsChoice:
                 ballot[:, own] = votes
                 votes = (yield ballot)[:, own].contiguous()
             each = slice(rows.start * kv_heads, rows.stop * kv_heads)
-            best = select.top_k(votes.flatten(0, 1), self._seen[each], self._wanted[each], capacity)
-            index[rows], counts[rows] = best[0].view(-1, kv_heads, capacity), best[1].view(-1, kv_heads)
-        return index, counts
+            found.append(select.top_k(votes.flatten(0, 1), self._seen[each], self._wanted[each], capacity))
+        index, counts = select.joined(found)
+        return index.view(-1, kv_heads, capacity), counts.view(-1, kv_heads)
 
 
 class ByHead(Selector, ABC):

@@ -113,7 +113,7 @@ def load(path: str, heads: Heads, sets: Sets, count: int) -> Tensor:
     try:
         table = json.loads(Path(path).read_text())
         ranked, name, known = np.array(table[sets], np.int64), table["model"], table["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} is no table of weaveinf calibrate: {error!r}") from None
     wanted = (heads.num_layers, heads.num_kv_heads, heads.head_dim // 2)
     right = known == heads.fingerprint and ranked.shape == wanted
@@ -182,7 +182,7 @@ class FasaSelector(ByHead):
     def chosen(self, layer: int, q: Tensor, heads: HeadsChoice) -> Generator[Tensor, Tensor, TokensOfHeads]:
         """See `ByHead`."""
         planes, channels = self._planes[layer], self._channels[layer]
-        index, counts = yield from heads.choose(q, planes, self._settings.budget, channels)
+        index, counts = yield from heads.choose(q, planes, channels)
         # All tokens of a KV head lie behind one another, whichever of its queries chose them.
         places = select.places(index.view(len(q), self._kv_heads, -1), heads.rows.table, self._page)
         return TokensOfHeads(places.view(index.shape), counts)

@@ -25,17 +25,7 @@ from weaveinf.cache.batch import Batch, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
-from weaveinf.selectors.selector import (
-    DENSE,
-    Budgets,
-    Heads,
-    Memo,
-    PerRow,
-    RowFacts,
-    Selector,
-    Settings,
-    slices,
-)
+from weaveinf.selectors.selector import DENSE, Budgets, Heads, Memo, PerRow, RowFacts, Selector, Settings
 
 POOL = "hisa means"
 MOST = 1 << 30
@@ -131,30 +121,32 @@ class HisaSelector(Selector):
     ) -> tuple[Tensor, Tensor]:
         """As `ops.index.choose`, for rows that have more tokens than their blocks hold: q [rows, H, D],
         weights float32 [rows, H]."""
-        block = self._settings.block
+        block, found = self._settings.block, []
         blocks, counts = self._best_blocks(layer, q, weights, rows)
         offsets = torch.arange(block, dtype=torch.int32, device=q.device)
-        tokens = (blocks.unsqueeze(-1) * block + offsets).flatten(1)
-        tokens = torch.minimum(tokens, rows.position.unsqueeze(-1))  # none behind the row has a page
-        ends = (counts - 1) * block + rows.position % block + 1
-        slots = select.places(tokens.unsqueeze(1), rows.table, self._page).squeeze(1)
-        found, counts = index.choose(q, weights, keys.single, slots, ends, slots.shape[1], self._top_k)
-        chosen = tokens.gather(1, found.clamp(min=0).long())
-        return chosen.masked_fill(found < 0, -1), counts
+        for some in select.slices(len(q), blocks.shape[1] * block):
+            tokens = (blocks[some].unsqueeze(-1) * block + offsets).flatten(1)
+            own, table = rows.position[some], rows.table[some]
+            tokens = torch.minimum(tokens, own.unsqueeze(-1))  # none behind the row has a page
+            ends = (counts[some] - 1) * block + own % block + 1
+            slots = select.places(tokens.unsqueeze(1), table, self._page).squeeze(1)
+            mine = q[some], weights[some], keys.single, slots, ends, slots.shape[1], self._top_k
+            at, count = index.choose(*mine)
+            chosen = tokens.gather(1, at.clamp(min=0).long())
+            found.append((chosen.masked_fill(at < 0, -1), count))
+        return select.joined(found)
 
     def _best_blocks(self, layer: int, q: Tensor, weights: Tensor, rows: PerRow) -> tuple[Tensor, Tensor]:
         """Each row's blocks, ascending, -1 behind them, and how many they are; the last is its own."""
-        block = self._settings.block
-        own = rows.position // block
+        block, found = self._settings.block, []
+        own, wanted = rows.position // block, rows.budget // block
         table = rows.table[:, block // self._page - 1 :: block // self._page].contiguous()
-        means, width = self._means[layer].unsqueeze(1), (rows.longest - 1) // block + 1
-        capacity = self._settings.blocks
-        best = torch.empty(len(q), capacity, dtype=torch.int32, device=q.device)
-        counts = torch.empty_like(own)
-        for some in slices(len(q), width):
-            scores = index.scores(q[some], weights[some], IndexKeys(means), table[some], own[some], width)
+        means, width = IndexKeys(self._means[layer].unsqueeze(1)), (rows.longest - 1) // block + 1
+        capacity = min(int(rows.facts.budget.max()) // block, width)
+        q = q.to(means.values.dtype)  # exact, also of eight bits
+        for some in select.slices(len(q), width):
+            scores = index.scores(q[some], weights[some], means, table[some], own[some], width)
             scores[:, 0] = torch.inf
             scores.scatter_(1, own[some, None].long(), torch.inf)
-            wanted = rows.budget[some] // block
-            best[some], counts[some] = select.top_k(scores, own[some] + 1, wanted, capacity)
-        return best, counts
+            found.append(select.top_k(scores, own[some] + 1, wanted[some], capacity))
+        return select.joined(found)

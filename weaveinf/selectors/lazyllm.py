@@ -91,9 +91,8 @@ class _Request:
     Attributes:
         chosen: bool [prompt]: tokens of the prompt that the stage's attention reads in this step.
         present: bool [prompt]: those whose keys and values the stage's layers have.
-        seen: in this step: the positions that the latest token attended to in the layer before the stage, and
-        how
-            much to each; None once the stage has chosen.
+        seen: in this step: the positions that the latest token attended to in the layer before the stage,
+            and how much to each; None once the stage has chosen.
     """
 
     prompt: int

@@ -88,7 +88,7 @@ class QuestSelector(ByHead):
         """See `ByHead`."""
         page, rows = self._page, heads.rows
         bounds = self._bounds[layer].unsqueeze(1)
-        index, counts = yield from heads.choose(q, bounds, self._settings.budget // page)
+        index, counts = yield from heads.choose(q, bounds)
         # Of the last page, which is the row's own, only what is not behind the row.
         tokens = (counts - 1) * page + (rows.position % page + 1)[:, None]
         return TokensOfHeads(select.places(index, rows.table, page, page), tokens)

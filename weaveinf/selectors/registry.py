@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -22,7 +23,7 @@ def settings(wanted: Mapping[str, Any]) -> Settings:
     """A method's settings by its "name" and its fields. ValueError for what there is not."""
     given = dict(wanted)
     name = given.pop("name", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"selector={name!r} is not one of {', '.join(METHODS)}")
     method = METHODS[name]
     known = {field.name: type(field.default) for field in fields(method)}
@@ -32,7 +33,9 @@ def settings(wanted: Mapping[str, Any]) -> Settings:
         number = known[key] is float and isinstance(value, int) and not isinstance(value, bool)
         if not number and type(value) is not known[key]:
             raise ValueError(f"{name}: {key}={value!r} must be of type {known[key].__name__}")
-        if isinstance(value, int) and not 0 <= value <= _MOST:
+        if known[key] is float and not math.isfinite(value):
+            raise ValueError(f"{name}: {key}={value} must be finite")
+        if known[key] is int and not 0 <= value <= _MOST:
             raise ValueError(f"{name}: {key}={value} must be from 0 to {_MOST}")
     made: Settings = method(**given)
     return made

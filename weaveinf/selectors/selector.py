@@ -49,6 +49,7 @@ class Heads:
         rank: which of the ranks this one is.
         fingerprint: of the model (`models.loader.fingerprint`).
         rotary: as `ops.rope.rope_` takes it; None where nobody rotates.
+        max_tokens: of a request.
     """
 
     num_layers: int
@@ -64,6 +65,7 @@ class Heads:
     rank: int = 0
     fingerprint: str = ""
     rotary: Tensor | None = None
+    max_tokens: int = 1 << 28
 
     @property
     def apart(self) -> Heads:
@@ -345,12 +347,6 @@ def segments(batch: Batch, facts: RowFacts, kinds: NDArray[np.integer[Any]]) -> 
         where = (put(torch.from_numpy(cu), device), batch.block_table[seqs], batch.positions[rows])
         out.append(Segment(int(kinds[start]), rows, *where, own, per_row))
     return out
-
-
-def slices(rows: int, floats: int) -> list[slice]:
-    """Rows of `floats` floats each, cut so that a part's take 64 MiB at most; the same on every rank."""
-    step = max(1, (1 << 24) // max(1, floats))
-    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
 class Memo:

@@ -45,7 +45,6 @@ from weaveinf.selectors.selector import (
     Settings,
     Tokens,
     segments,
-    slices,
 )
 
 Positions = Literal["original", "compacted"]
@@ -106,7 +105,8 @@ class TokenSelector(Selector):
         self._queries = torch.zeros(layers, slots, width, device=heads.device)
         self._held = torch.full((layers, slots), -1, dtype=torch.int32, device=heads.device)
         """The position whose choice a slot holds in a layer; -1: of none."""
-        self._choices = self._held.unsqueeze(2).repeat(1, 1, settings.sinks + settings.budget)
+        most = min(settings.sinks + settings.budget, heads.max_tokens)
+        self._choices = self._held.unsqueeze(2).repeat(1, 1, most)
         self._memo = Memo()
 
     def admit(self, slot: int, budget: int) -> None:
@@ -173,11 +173,12 @@ class TokenSelector(Selector):
         self, q: Tensor, pool: Tensor, table: Tensor, seen: Tensor, budget: Tensor, longest: int
     ) -> Generator[Tensor, Tensor, Tensor]:
         """Slots of the sinks and the best of the middle for queries [n, Hq, D] that have `seen` tokens (int32
-        [n]), in order of position: int32 [n, sinks + budget], -1 behind them."""
+        [n]), in order of position: int32 [n, as many as are ever chosen], -1
+        behind them."""
         s = self._settings
         firsts, ends = torch.full_like(seen, s.sinks), seen - s.local
-        index = torch.empty(len(q), s.sinks + s.budget, dtype=torch.int32, device=q.device)
-        for rows in slices(len(q), self._heads.num_kv_heads * longest):
+        index = torch.empty(len(q), self._choices.shape[2], dtype=torch.int32, device=q.device)
+        for rows in select.slices(len(q), self._heads.num_kv_heads * longest):
             where, width = (table[rows], firsts[rows], ends[rows]), longest - s.local
             votes = yield select.votes(q[rows], pool, where, width, self._scale, None, True).sum(1)
             if self.unrotated:
@@ -232,7 +233,7 @@ class Compacted(Tokens):
         # There may be room for more than requests choose that ask for less, and more than can be rotated.
         slots = self.slots[:, : len(self.rotary)].long()
         count = slots.shape[1]
-        for part in slices(len(slots), count * keys[0, 0].numel()):
+        for part in select.slices(len(slots), count * keys[0, 0].numel()):
             rows = slice(self.bounds[part.start], self.bounds[part.stop])
             k, v = (pool.flatten(0, 1)[slots[part]] for pool in (keys, values))
             here = torch.arange(len(k) * count, dtype=torch.int32, device=k.device)
