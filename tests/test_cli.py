@@ -24,7 +24,7 @@ ENGINE = {
     "--weave",
     "--selector",
     "--index-keys",
-    "--index-keys", "--max-model-len",
+    "--max-model-len",
     "--seed",
     "--revision",
     "--kv-cache-gib",

@@ -84,7 +84,7 @@ class Group:
                 else range(rank * KV_HEADS // size, rank * KV_HEADS // size + 1)
             )
             known = (len(cached.lengths), cached.dtype, CPU)
-            model = {"rank": rank, "fingerprint": MODEL, "rotary": rotary(700)}
+            model = {"rank": rank, "fingerprint": MODEL, "rotary": rotary(700), "max_tokens": 4096}
             heads = Heads(LAYERS, HEADS, KV_HEADS, DIM, own, size, *known, **model)  # type: ignore[arg-type]
             part = settings.make(heads, PAGE)
             keys = PoolSpec("key", (len(own), DIM), cached.dtype, LAYERS)

@@ -261,6 +261,8 @@ def test_scores_of_true_planes_do_not_depend_on_where_a_text_begins() -> None:
         (None, "is no table"),
         ("{", "is no table"),
         (json.dumps({"planes": [[[0, 1]]]}), "is no table"),
+        ('{"model": "x", "fingerprint": "", "kv_head": [[[Infinity]]]}', "is no table"),
+        ("[" * 100000, "is no table"),
         (json.dumps({"model": "x", "fingerprint": MODEL, "kv_head": [[[0, 1]]]}), "another model, x"),
     ],
 )
@@ -541,6 +543,23 @@ def test_budgets_are_the_requests_own() -> None:
     assert got[2] == [middle(cached, 2, cached.queries[2][299], 300) | local] * KV_HEADS
 
 
+@pytest.mark.parametrize("method", ["quest", "fasa", "tokenselect"])
+def test_a_small_budget_takes_little_of_an_engine_that_allows_much(tmp_path: Path, method: str) -> None:
+    """What is set aside for a row would be gigabytes otherwise."""
+    most = 1 << 28
+    settings: dict[str, Settings] = {
+        "quest": Quest(dense_below=0, budget=most),
+        "fasa": Fasa(dense_below=0, table=table(tmp_path)[0], budget=most, planes=5),
+        "tokenselect": replace(SMALL, budget=most),
+    }
+    cached = Cached([300], [40])
+    group = Group(cached, settings[method])
+    part_of(group).admit(0, 4 * PAGE)
+    group.write(cached.batch([(0, 0, 300)]))
+    (read,) = group.choose(cached.batch([(0, 299, 300)]))
+    assert all(tokens is not None and 3 * PAGE < len(tokens) < 8 * PAGE for tokens in read)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -570,6 +589,9 @@ def test_what_there_is_not_is_refused() -> None:
         ({"name": "quest", "sinks": 3}, "quest has no setting 'sinks'; it has budget"),
         ({"name": "quest", "budget": "many"}, "budget='many' must be of type int"),
         ({"name": "quest", "budget": -1}, "budget=-1 must be from 0"),
+        ({"name": "tokenselect", "threshold": float("nan")}, "threshold=nan must be finite"),
+        ({"name": ["quest"]}, "is not one of tokenselect"),
     ):
         with pytest.raises(ValueError, match=words):
             registry.settings(wanted)
+    assert registry.settings({"name": "tokenselect", "threshold": -1}).budget == 2048
