@@ -77,7 +77,7 @@ METHODS = {
         forced=SINKS + LOCAL,
         dense=False,
     ),
-    "hisa": Method({"block": BLOCK}, "indexed", INDEX_TOP_K, dense=False, longest=1 << 16),
+    "hisa": Method({"block": BLOCK, "dense_below": 0}, "indexed", INDEX_TOP_K, dense=False, longest=1 << 16),
     "lazyllm": Method({}, "deep", dense=False, longest=1 << 14, percents=(2, 5, 10, 30, 50, 70)),
 }
 TABLE = "fasa.json"

@@ -23,7 +23,7 @@ from weaveinf.config import EngineConfig
 from weaveinf.selectors.hisa import Hisa
 from weaveinf.weave import weaver
 
-SETTINGS = Hisa(block=16, blocks=3)
+SETTINGS = Hisa(block=16, blocks=3, dense_below=0)
 
 
 def by_definition(
@@ -110,6 +110,6 @@ def test_with_room_for_all_or_without_blocks_it_is_the_indexer_alone(tmp_path: P
         return found
 
     want = pytest.approx(run(None)["own"], abs=1e-5)
-    all_of_it, some = run(Hisa(block=16, blocks=8)), run(SETTINGS)
+    all_of_it, some = run(Hisa(block=16, blocks=8, dense_below=0)), run(SETTINGS)
     assert all(tokens == want for tokens in (all_of_it["own"], all_of_it["flat"], some["flat"]))
     assert some["own"] != want

@@ -218,7 +218,7 @@ def test_all_ranks_read_the_same_however_many_they_are(tmp_path: Path, name: str
     """Four ranks of two KV heads, too."""
     if name == "hisa":
         make_checkpoint(tmp_path, "deepseek_v32", max_position_embeddings=400)
-        chosen: dict[str, Any] = {"name": name, "block": 16, "blocks": 3}
+        chosen: dict[str, Any] = {"name": name, "block": 16, "blocks": 3, "dense_below": 0}
     else:
         make_checkpoint(tmp_path, "llama", **SIZES)
         chosen = {"name": name, "budget": 40} if name == "lazyllm" else settings(name, tmp_path)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_tokens_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     if name == "hisa":
         make_checkpoint(tmp_path, "deepseek_v32", max_position_embeddings=1536)
-        chosen: dict[str, Any] = {"name": name, "block": 16, "blocks": 4}
+        chosen: dict[str, Any] = {"name": name, "block": 16, "blocks": 4, "dense_below": 0}
     else:
         make_checkpoint(tmp_path, "llama", **SIZES)
         chosen = settings(name, tmp_path)

@@ -141,7 +141,7 @@ def test_the_host_waits_for_nothing(tmp_path: Path, method: str, ranks: int) -> 
 
 def test_hisa_waits_for_nothing() -> None:
     cached = Cached(LENGTHS, PROMPTS)
-    part = Hisa(32, 4).make(heads(META), PAGE)
+    part = Hisa(32, 4, 0).make(heads(META), PAGE)
     pools = Pools(part.pools, cached.num_pages, PAGE, META)
     part.bind(pools)
     keys = IndexKeys(torch.empty(cached.num_pages, PAGE, 16, device=META))

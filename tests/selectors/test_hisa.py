@@ -94,7 +94,7 @@ class Cached:
         return sum(segment.rows.stop - segment.rows.start for segment in found)
 
 
-@pytest.mark.parametrize("settings", [Hisa(16, 2), Hisa(32, 3), Hisa(16, 5)])
+@pytest.mark.parametrize("settings", [Hisa(16, 2, 0), Hisa(32, 3, 0), Hisa(16, 5, 0)])
 def test_blocks_then_tokens_are_those_of_the_definition(settings: Hisa) -> None:
     torch.manual_seed(2)
     cached = Cached(settings)
@@ -107,7 +107,7 @@ def test_blocks_then_tokens_are_those_of_the_definition(settings: Hisa) -> None:
 def test_a_recycled_page_has_no_memory() -> None:
     """As from scratch, whatever was in the pages, and however the tokens came."""
     torch.manual_seed(3)
-    settings = Hisa(32, 2)
+    settings = Hisa(32, 2, 0)
     cached = Cached(settings, pages=18)
     for _ in range(4):
         for step in ([(0, 100)], [(0, 27), (1, 120)], [(0, 1), (1, 1)], [(1, 9)]):
@@ -117,7 +117,7 @@ def test_a_recycled_page_has_no_memory() -> None:
 
 def test_as_many_blocks_as_there_are_choose_as_the_indexer_alone() -> None:
     torch.manual_seed(4)
-    settings = Hisa(16, 10)
+    settings = Hisa(16, 10, 0)
     cached = Cached(settings)
     batch = cached.write((0, 144))  # as many as the blocks hold: no row looks at blocks first
     assert cached.check(batch, [0], settings) == 0
@@ -137,7 +137,7 @@ def test_as_many_blocks_as_there_are_choose_as_the_indexer_alone() -> None:
 
 
 def test_budgets_and_what_shapes_a_page() -> None:
-    made = selector(Hisa(32, 4))
+    made = selector(Hisa(32, 4, 0))
     assert [made.budgets.resolved(asked) for asked in (None, 0, 64, 100)] == [128, 0, 64, 100]
     for asked in (63, 129):
         with pytest.raises(ValueError, match="must be 0 or 64 to 128"):
@@ -161,10 +161,10 @@ def worker(path: Path, **settings: Any) -> Worker:
         ("deepseek_v3", "fasa", "this model caches latents"),
         ("glm_moe_dsa", "lazyllm", "this model caches latents"),
         ("mistral", "tokenselect", "cannot choose in a sliding window"),
-        ("deepseek_v32", Hisa(24, 4), "block=24 must be a multiple of 16"),
-        ("deepseek_v32", Hisa(16, 1), "blocks=1 must be at least 2"),
+        ("deepseek_v32", Hisa(24, 4, 0), "block=24 must be a multiple of 16"),
+        ("deepseek_v32", Hisa(16, 1, 0), "blocks=1 must be at least 2"),
         ("deepseek_v32", Hisa(16, 1 << 27), "and at most 67108864"),
-        ("glm_moe_dsa", Hisa(16, 2), "at least 3"),
+        ("glm_moe_dsa", Hisa(16, 2, 0), "at least 3"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, family: str, chosen: Any, words: str) -> None:

@@ -37,12 +37,14 @@ FLAT, STAGED = 1, 2
 @dataclass(frozen=True)
 class Hisa(Settings):
     """block: tokens whose keys have one mean; blocks: how many of them are looked into. A request's budget
-    is of the tokens of whole blocks; 0: no blocks, all tokens are scored."""
+    is of the tokens of whole blocks; 0: no blocks, all tokens are scored. dense_below: cached tokens up to
+    which all are scored, as two stages cost more than they save."""
 
     name: ClassVar[str] = "hisa"
     serves: ClassVar[str] = "index"
     block: int = 128
     blocks: int = 64
+    dense_below: int = 12288
 
     @property
     def budget(self) -> int:
@@ -89,7 +91,8 @@ class HisaSelector(Selector):
     def shape(self, prompt: int, end: int, budget: int) -> bytes:
         """See `Selector`: until there are more tokens than the blocks hold, the model alone shaped a page."""
         budget -= budget % self._settings.block
-        return b"" if budget == 0 or end <= budget else repr((self._settings, budget)).encode()
+        flat = budget == 0 or end <= max(budget, self._settings.dense_below)
+        return b"" if flat else repr((self._settings, budget)).encode()
 
     def write_index(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
         """The batch's keys have just been written to the cached ones: the means of blocks now full."""
@@ -113,8 +116,8 @@ class HisaSelector(Selector):
     def kinds(self, facts: RowFacts) -> NDArray[np.integer[Any]]:
         """See `Selector`."""
         budget = facts.budget - facts.budget % self._settings.block
-        found = np.where((budget > 0) & (facts.position >= budget), STAGED, FLAT)
-        return np.where(facts.position < self._top_k, DENSE, found)
+        beyond = facts.position >= np.maximum(budget, self._settings.dense_below)
+        return np.where(facts.position < self._top_k, DENSE, np.where((budget > 0) & beyond, STAGED, FLAT))
 
     def choose_among_blocks(
         self, layer: int, q: Tensor, weights: Tensor, keys: IndexKeys, rows: PerRow
