@@ -99,7 +99,7 @@ void attention(const Call& c) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
   for (size_t i = 0; i < all.size(); ++i) {
     if (single(c, all[i].rows))
-      one_row_of<T>(c, all[i]);
+      with_heads(c.group(), [&](auto heads) { one_row<heads, T>(c, all[i]); });
     else
       many_rows<T>(c, all[i]);
   }

@@ -10,6 +10,7 @@ namespace {
 // Query heads that share a loaded key, at most; and vectors of their sums at a time.
 constexpr int MOST_HEADS = LANES >= 8 && REGISTERS == 32 ? 8 : 4;
 constexpr int SUMS = REGISTERS / 2;
+constexpr index_t LEAST_SHARE = 256, MOST_SHARE = 2048;  // keys of a task, where threads share a row's
 constexpr index_t BLOCK_BYTES = 1 << 17;  // keys and values of a block stay in the second-level cache
 
 // Vectors of a row. Two of bfloat16 are the even and the odd elements: no shuffle. Queries come alike.
@@ -30,6 +31,12 @@ INLINE void for_vectors(index_t dim, F&& f) {
     for (; d + 2 * LANES <= dim; d += 2 * LANES) f(d, std::integral_constant<int, 2>{});
   }
   if (d < dim) f(d, std::integral_constant<int, 1>{});
+}
+
+// Keys of a task, in whole blocks, of a row of so many.
+inline index_t share_of(index_t keys, index_t threads, index_t block) {
+  const index_t part = round_up(ceil_div(keys, 4 * threads), block);
+  return part < LEAST_SHARE ? LEAST_SHARE : part > MOST_SHARE ? MOST_SHARE : part;
 }
 
 // Memory wanted for the next block, asked for little by little: a burst would stall the loads of this one.
@@ -185,12 +192,13 @@ void one_row(const Call& c, const Task& t) {
   }
 }
 
-template <class T, int H = 1>
-void one_row_of(const Call& c, const Task& t) {
+// Calls f with as many heads as share a loaded key: a power of two that holds `heads`, or the most there are.
+template <int H = 1, class F>
+void with_heads(index_t heads, F&& f) {
   if constexpr (H < MOST_HEADS) {
-    if (H < c.group()) return one_row_of<T, 2 * H>(c, t);
+    if (H < heads) return with_heads<2 * H>(heads, f);
   }
-  one_row<H, T>(c, t);
+  f(std::integral_constant<int, H>{});
 }
 
 }  // namespace

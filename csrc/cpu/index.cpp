@@ -7,8 +7,8 @@
 namespace weave {
 namespace {
 
-// What weaveinf/ops/index.py packs, in its order; strides in elements. Keys are of the queries' dtype, or eight-bit
-// floats that `scales` belong to. out: [rows, width], of which the first ends[row] are filled.
+// What weaveinf/ops/index.py packs, in its order; strides in elements. Keys are of the queries' dtype, or
+// eight-bit floats that `scales` belong to. out: [rows, width], of which the first ends[row] are filled.
 struct Indexing {
   const void *q, *keys;
   float* out;
@@ -17,8 +17,7 @@ struct Indexing {
   index_t q_row, q_head, table_row, rows, heads, dim, page_size, width, dtype, threads;
 };
 
-constexpr index_t LEAST_SHARE = 256, MOST_SHARE = 2048;  // keys of a task
-constexpr index_t BLOCK = 32;                            // keys that all heads meet before the next ones
+constexpr index_t BLOCK = 32;  // keys that all heads meet before the next ones
 
 thread_local Scratch index_scratch;
 
@@ -86,15 +85,11 @@ void score_share(const Indexing& x, const Call& c, index_t row, index_t from, in
   }
 }
 
-template <class T, bool EIGHT, int H = 1>
+template <class T, int H, bool EIGHT>
 void index_scores(const Indexing& x, const Call& c) {
-  if constexpr (H < MOST_HEADS) {
-    if (H < x.heads) return index_scores<T, EIGHT, 2 * H>(x, c);
-  }
   index_t most = 0;
   for (index_t r = 0; r < x.rows; ++r) most = std::max<index_t>(most, x.ends[r]);
-  const index_t part = round_up(ceil_div(most, 4 * x.threads), BLOCK);
-  const index_t each = std::min(std::max(part, LEAST_SHARE), MOST_SHARE), tasks = ceil_div(most, each) * x.rows;
+  const index_t each = share_of(most, x.threads, BLOCK), tasks = ceil_div(most, each) * x.rows;
   const int threads = tasks > 1 ? int(x.threads) : 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
   for (index_t i = 0; i < tasks; ++i) {  // all rows meet the keys of a share while these are in the cache
@@ -112,11 +107,13 @@ extern "C" int weave_index(const void* packed) {
   const Call c{x.q,     x.keys, nullptr, nullptr,     x.table, nullptr, nullptr, x.q_row, x.q_head,
                0,       0,      x.table_row, x.rows,  x.heads, 1,       x.dim,   x.page_size, 0,
                x.dtype, x.threads, 1.0};
-  if (x.scales)
-    index_scores<float, true>(x, c);
-  else if (x.dtype == BFLOAT16)
-    index_scores<bf16, false>(x, c);
-  else
-    index_scores<float, false>(x, c);
+  with_heads(x.heads, [&](auto heads) {
+    if (x.scales)
+      index_scores<float, heads, true>(x, c);
+    else if (x.dtype == BFLOAT16)
+      index_scores<bf16, heads, false>(x, c);
+    else
+      index_scores<float, heads, false>(x, c);
+  });
   return 0;
 }

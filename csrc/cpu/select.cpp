@@ -22,7 +22,6 @@ struct Wish {
   double scale;
 };
 
-constexpr index_t LEAST_SHARE = 256, MOST_SHARE = 2048;  // keys of a task
 constexpr index_t MOST_CHANNELS = 1024;
 
 thread_local Scratch wish_scratch;
@@ -170,8 +169,7 @@ void votes(const Wish& w, const Call& c) {
   const index_t shares_most = ceil_div(most, LEAST_SHARE);
   float* at = wish_scratch.get<float>(all * (H * c.dim + (most + LANES) * H + 2 * shares_most * LANES) + 64);
   for (index_t r = 0; r < w.rows; ++r) {
-    const index_t keys = w.ends[r] - w.firsts[r], part = round_up(ceil_div(keys, 4 * w.threads), KEYS);
-    const index_t each = std::min(std::max(part, LEAST_SHARE), MOST_SHARE);
+    const index_t keys = w.ends[r] - w.firsts[r], each = share_of(keys, w.threads, KEYS);
     Row<T, H> row{w, c, r, w.firsts[r], w.ends[r], chunks, all, keys, each, nullptr, nullptr, nullptr, nullptr};
     for (index_t kv = 0; kv < c.kv_heads; ++kv) {
       float* out = w.out + (r * c.kv_heads + kv) * w.width;
@@ -195,14 +193,6 @@ void votes(const Wish& w, const Call& c) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (index_t s = 0; s < shares; ++s) row.vote(s);
   }
-}
-
-template <class T, int H = 1>
-void votes_of(const Wish& w, const Call& c) {
-  if constexpr (H < MOST_HEADS) {
-    if (H < c.group()) return votes_of<T, 2 * H>(w, c);
-  }
-  votes<T, H>(w, c);
 }
 
 // ---- the largest
@@ -334,10 +324,12 @@ extern "C" int weave_votes(const void* packed) {
   const Call c{w.q,     w.keys,  nullptr, nullptr,     w.table,    nullptr, nullptr,     w.q_row, w.q_head,
                0,       0,       w.table_row, w.rows,  w.heads,    w.kv_heads, w.dim, w.page_size, 0,
                w.dtype, w.threads, w.scale};
-  if (w.dtype == BFLOAT16)
-    votes_of<bf16>(w, c);
-  else
-    votes_of<float>(w, c);
+  with_heads(c.group(), [&](auto heads) {
+    if (w.dtype == BFLOAT16)
+      votes<bf16, heads>(w, c);
+    else
+      votes<float, heads>(w, c);
+  });
   return 0;
 }
 

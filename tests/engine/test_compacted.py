@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.harness import complete, with_engines
+from tests.engine import test_selectors
+from tests.engine.harness import complete
 from tests.models.harness import make_checkpoint
 from tests.ranks import pool
 from weaveinf import LLM
 from weaveinf.comm.ranks import Ranks
-from weaveinf.config import EngineConfig
 from weaveinf.engine.request import SamplingParams
 from weaveinf.selectors.tokenselect import CHUNK
 
@@ -129,18 +129,7 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
 
 
 def on_ranks(ranks: Ranks, path: str, weave: str) -> dict[str, list[list[int]]] | None:
-    config = EngineConfig(
-        model=path,
-        dtype="float32",
-        kv_cache_gib=0.05,
-        max_num_seqs=8,
-        max_num_batched_tokens=1200,
-        max_model_len=LONGEST,
-        weave=weave,  # type: ignore[arg-type]
-        selector=SELECTOR,
-    )
-    result: dict[str, list[list[int]]] | None = with_engines(ranks, config, ways)
-    return result
+    return test_selectors.on_ranks(ranks, path, SELECTOR, weave, ways, LONGEST)
 
 
 @pytest.mark.parametrize("name", MODELS)

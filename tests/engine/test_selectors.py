@@ -121,7 +121,7 @@ def ways(fresh: Any) -> dict[str, list[list[int]]]:
 
 
 def on_ranks(
-    ranks: Ranks, path: str, selector: dict[str, Any], weave: str, use: Any = ways
+    ranks: Ranks, path: str, selector: dict[str, Any], weave: str, use: Any = ways, longest: int | None = None
 ) -> dict[str, list[list[int]]] | None:
     config = EngineConfig(
         model=path,
@@ -130,6 +130,7 @@ def on_ranks(
         kv_cache_gib=0.05,
         max_num_seqs=8,
         max_num_batched_tokens=1200,
+        max_model_len=longest,
         weave=weave,  # type: ignore[arg-type]
         selector=selector,
     )

@@ -134,10 +134,7 @@ class Indexer:
         return x if self.config.dim & (self.config.dim - 1) else index.hadamard(x)
 
     def _segments(self, batch: Batch) -> list[Segment]:
+        facts = RowFacts.of(batch, self.selector.budgets if self.selector else None)
         if self.selector is not None:
-            facts = RowFacts.of(batch, self.selector.budgets)
             return segments(batch, facts, self.selector.kinds(facts))
-        host = batch.host
-        seq = np.repeat(np.arange(host.num_seqs, dtype=np.int32), np.diff(host.cu_seqlens_q.numpy()))
-        facts = RowFacts(seq, host.positions.numpy(), host.num_prompt_tokens.numpy()[seq], seq * 0)
         return segments(batch, facts, np.where(facts.position < self.config.top_k, DENSE, FLAT))

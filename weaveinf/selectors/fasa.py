@@ -137,7 +137,7 @@ class FasaSelector(ByHead):
                 raise ValueError(f"fasa: {name}={value!r} must be one of {', '.join(known)}")
         budgets = Budgets(heads, 1, settings.budget, settings.budget)
         super().__init__(settings, budgets, settings.dense_below, dense_layers=1)
-        self._settings, self._page, self._kv_heads = settings, page_size, len(heads.kv_heads)
+        self._page, self._kv_heads = page_size, len(heads.kv_heads)
         self._heads = heads = heads.apart if settings.sets == "query_head" else heads
         planes = load(settings.table, heads, settings.sets, settings.planes)
         width = -(-2 * settings.planes // _VECTOR) * _VECTOR

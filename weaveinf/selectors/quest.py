@@ -52,7 +52,7 @@ class QuestSelector(ByHead):
             )
         budgets = Budgets(heads, 2 * page_size, settings.budget, settings.budget)
         super().__init__(settings, budgets, settings.dense_below, settings.dense_layers)
-        self._settings, self._heads, self._page = settings, heads, page_size
+        self._heads, self._page = heads, page_size
         shape = (len(heads.kv_heads), 2 * heads.head_dim)
         layers = max(0, heads.num_layers - settings.dense_layers)
         self.pools = [PoolSpec(POOL, shape, heads.dtype, layers, "page")]
@@ -61,12 +61,12 @@ class QuestSelector(ByHead):
 
     def bind(self, pools: Pools) -> None:
         """See `Selector`."""
-        self._bounds = [torch.empty(0)] * self._settings.dense_layers + pools[POOL]
+        self._bounds = [torch.empty(0)] * self._dense_layers + pools[POOL]
 
     def write(self, layer: int, keys: Tensor, pool: Tensor, batch: Batch) -> None:
         """See `Selector`. Bounds are made anew of all that a page holds by now, so nothing stays of what was
         there before."""
-        if layer >= self._settings.dense_layers:
+        if layer >= self._dense_layers:
             select.write_bounds(pool, self._bounds[layer], *self._touched.get(batch, self._pages))
 
     def _pages(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -317,11 +317,12 @@ class RowFacts:
     budget: NDArray[np.int32]
 
     @classmethod
-    def of(cls, batch: Batch, budgets: Budgets) -> RowFacts:
+    def of(cls, batch: Batch, budgets: Budgets | None) -> RowFacts:
+        """Without budgets there is none: 0."""
         batch = batch.host
         seq = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens_q.numpy()))
-        budget = budgets.of_slot[batch.state_slot.numpy()]
-        return cls(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], budget[seq])
+        budget = budgets.of_slot[batch.state_slot.numpy()][seq] if budgets else np.zeros_like(seq)
+        return cls(seq, batch.positions.numpy(), batch.num_prompt_tokens.numpy()[seq], budget)
 
     def answers_beyond(self, dense_below: int) -> NDArray[np.bool_]:
         """Rows of answers that have more cached tokens than their budget, and than `dense_below`."""
