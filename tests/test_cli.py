@@ -36,6 +36,10 @@ SURFACE = {
     "demo": {"-p", "--prompt", "--tp"},
     "generate": ENGINE | SAMPLING | {"-p", "--prompt", "-f", "--file", "--n", "--trace", "--json"},
     "chat": ENGINE | SAMPLING | {"--system"},
+    "serve": ENGINE
+    | {"--load-format", "--host", "--port", "--served-model-name", "--api-key-file", "--max-waiting"}
+    | {"--max-output-tokens", "--max-body-bytes", "--timeout-s", "--drain-s", "--max-restarts"}
+    | {"--log-prompts"},
     "bench latency": ENGINE
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE

@@ -40,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="system message")
     _sampling(chat, max_tokens=512)
 
+    serve = _command(commands, "serve", "an OpenAI-compatible HTTP server")
+    _engine(serve)
+    _load_format(serve)
+    _server(serve)
+
     bench = _command(commands, "bench", "measure")
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
     latency = _command(kinds, "latency", "one batch of random prompts, again and again")
@@ -192,6 +197,21 @@ def _sampling(command: argparse.ArgumentParser, max_tokens: int = 128) -> None:
     add("--top-k", type=int, default=0, help="best tokens only (0: off)")
     add("--min-p", type=float, default=0.0, help="floor relative to the best token (0: off)")
     add("--stop", action="append", help="string that ends an answer; may be repeated")
+
+
+def _server(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, help="0 takes a free one (8000)")
+    add("--served-model-name", metavar="NAME", help="what clients call the model (MODEL)")
+    add("--api-key-file", metavar="FILE", help="one key a line; without it no key is asked for")
+    add("--max-waiting", type=int, help="requests that may wait; one more gets a 429 (1024)")
+    add("--max-output-tokens", type=int, help="of one answer (the context's rest)")
+    add("--max-body-bytes", type=int, help="of a request (4 MiB)")
+    add("--timeout-s", type=float, help="a request that takes longer is ended (600)")
+    add("--drain-s", type=float, help="after SIGTERM, what runs may take so long to end (60)")
+    add("--max-restarts", type=int, help="of ranks that died, before the server gives up (5)")
+    add("--log-prompts", action="store_true", help="let the log show prompts")
 
 
 def _load_format(command: argparse.ArgumentParser) -> None:

@@ -129,6 +129,10 @@ class Cluster:
         """What ended the run, as soon as it is known; None while all is well."""
         return self._driver.failure
 
+    def silent(self) -> str | None:
+        """The rank that has given no sign of life for too long; None while all are well."""
+        return self._driver.silent()
+
     def submit(self, step: Step) -> None:
         """Sends a step to every rank, and runs it on this one. RankDied when one is gone."""
         try:
@@ -241,6 +245,10 @@ class _Driver:
         if self.failure is None:
             self._news.get()
         self._check()
+
+    def silent(self) -> str | None:
+        watch = self._supervisor
+        return None if watch is None else watch.silent()
 
     def take(self) -> StepOutput:
         """The oldest output."""

@@ -89,6 +89,13 @@ class Supervisor(threading.Thread):
         """Rank 0 has loaded."""
         self._state = "running"
 
+    def silent(self) -> str | None:
+        """The rank, or this thread, that has given no sign of life for LOST_S; None while all have."""
+        now = time.monotonic()
+        if not self.is_alive() or now - self._ticked > LOST_S:
+            return "the supervisor stands still"
+        return next((f"rank {rank} is silent" for rank, at in self._seen.items() if now - at > LOST_S), None)
+
     @contextmanager
     def a_step(self) -> Iterator[None]:
         """Around a step's sending, and its running on rank 0."""

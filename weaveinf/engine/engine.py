@@ -93,21 +93,38 @@ class Engine:
         """Loaded when first needed; None when the model has none and takes token ids only."""
         return load_tokenizer(self._path)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self._required_tokenizer().backend.get_vocab()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt. `ValueError` where the model has no tokenizer."""
         return self._required_tokenizer().encode(text)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
-        return self._required_tokenizer().render_chat(messages)
+        return self._required_tokenizer().render_chat(messages, tools)
 
     def _required_tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:
             raise ValueError(f"{self._path} has no tokenizer ({', '.join(FILES)}): give prompts as token ids")
         return self.tokenizer
 
-    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, salt: bytes = b"") -> list[int]:
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        salt: bytes = b"",
+        priority: int = 0,
+        seed: int | None = None,
+    ) -> list[int]:
         """Queues a prompt; returns the ids of its `params.n` sequences.
+
+        salt: prefix pages are shared with prompts of the same salt only. priority: lower comes first.
+        seed: where `params` names none; None: the engine's next one.
 
         Raises:
             ValueError: when it can never be served; nothing is queued then.
@@ -124,10 +141,10 @@ class Engine:
             raise ValueError(
                 f"selector_budget={params.selector_budget} without a selector: every token is read"
             )
-        fallback = mix_seed(self.config.seed, next(self._seeds))
+        fallback = mix_seed(self.config.seed, next(self._seeds)) if seed is None else seed
         vocab_size = self.model_config.vocab_size
         ids = [next(self._ids) for _ in range(params.n)]
-        requests = make_requests(ids[0], prompt_token_ids, params, vocab_size, fallback, salt=salt)
+        requests = make_requests(ids[0], prompt_token_ids, params, vocab_size, fallback, salt, priority)
         streams = [self._stream(request) for request in requests]
         for request, stream in zip(requests, streams, strict=True):
             self.scheduler.add(request)

@@ -165,6 +165,8 @@ class Request:
     """Which of the user's n samples this is."""
     salt: bytes = b""
     """Requests share prefix pages only with those of the same salt."""
+    priority: int = 0
+    """Lower comes first."""
 
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
@@ -190,6 +192,8 @@ class Request:
     num_cached: int = 0
     """Prompt tokens that the first admission took from the prefix cache."""
     num_preemptions: int = 0
+    started: float = 0.0
+    """When it was first admitted, by the monotonic clock."""
 
     def __post_init__(self) -> None:
         if self.params.logprobs is not None:
@@ -281,6 +285,7 @@ def make_requests(
     vocab_size: int,
     fallback_seed: int,
     salt: bytes = b"",
+    priority: int = 0,
 ) -> list[Request]:
     """The n sequences of one prompt, ids first_id, first_id + 1, ...
 
@@ -294,7 +299,8 @@ def make_requests(
             if token >= vocab_size:
                 raise ValueError(f"{name} holds {token}, the vocabulary ends at {vocab_size - 1}")
     seed = fallback_seed if params.seed is None else params.seed
-    return [Request(first_id + i, prompt, params, mix_seed(seed, i), i, salt) for i in range(params.n)]
+    seeds = [mix_seed(seed, i) for i in range(params.n)]
+    return [Request(first_id + i, prompt, params, own, i, salt, priority) for i, own in enumerate(seeds)]
 
 
 def _prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:

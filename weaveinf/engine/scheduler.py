@@ -12,6 +12,8 @@ may be shared by the next one; but never by a request of the same step.
 
 from __future__ import annotations
 
+import time
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -44,10 +46,10 @@ class _Flight(NamedTuple):
 class Scheduler:
     """Turns requests into steps, and sampled tokens into finished requests.
 
-    Requests are served in the order they were added; each keeps its place when it is preempted
-    (the newest first, never the oldest, so that something always ends). `row_align`: where prompts
-    may be cut, see `legal_cut`; `shape`: of pages, see there; `publishes`: whether requests share theirs. Not
-    thread-safe.
+    Requests are served in the order of their priorities, and of one priority in the order they were added;
+    each keeps its place when it is preempted (the last first, never the first, so that something always
+    ends). `row_align`: where prompts may be cut, see `legal_cut`; `shape`: of pages, see there; `publishes`:
+    whether requests share theirs. Not thread-safe.
     """
 
     def __init__(
@@ -84,8 +86,8 @@ class Scheduler:
         self._row_align = row_align
         self._prefixes = Prefixes(blocks, row_align, shape, publishes)
         self._requests: dict[int, Request] = {}
-        self._waiting: deque[Request] = deque()  # oldest first, all newer than any running one
-        self._running: list[Request] = []  # oldest first
+        self._waiting: list[Request] = []  # both by priority, then age
+        self._running: list[Request] = []
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._released: list[int] = []  # slots given up since the last step was described
         self._flights: deque[_Flight] = deque()
@@ -134,7 +136,7 @@ class Scheduler:
         request.stop_ids = eos.union(request.params.stop_token_ids)
         request.status = "waiting"
         self._requests[request.id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_place)
 
     def abort(self, request_id: int) -> Request | None:
         """Ends a request at once; returns it, or None if there is no such unfinished request."""
@@ -169,7 +171,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None while there is nothing to run (all waits for `update`).
 
-        Decodes come first, then chunks of running prompts, then new requests, oldest first in each.
+        Decodes come first, then chunks of running prompts, then new requests, in their order in each.
         """
         decodes: list[_Run] = []
         chunks: list[_Run] = []
@@ -210,8 +212,8 @@ class Scheduler:
         return step
 
     def _grow(self, request: Request, index: int) -> tuple[list[int], int]:
-        """A page for the next token of `request`, and how many newer requests, at `index` and
-        behind, were preempted for it. Without a page it keeps those it has and waits: older ones
+        """A page for the next token of `request`, and how many requests behind it, from `index` on,
+        were preempted for it. Without a page it keeps those it has and waits: those before it
         end, or preempt it."""
         preempted = 0
         while self.blocks.num_free == 0 and len(self._running) > index:
@@ -224,12 +226,12 @@ class Scheduler:
         return pages, preempted
 
     def _preempt(self, request: Request) -> None:
-        """Takes all from the newest running request, which starts over when its turn comes."""
+        """Takes all from the last running request, which starts over when its turn comes."""
         self._give_up(request)
         request.status = "waiting"
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.appendleft(request)
+        insort(self._waiting, request, key=_place)
 
     def _give_up(self, request: Request) -> None:
         self.blocks.release(request.blocks)
@@ -266,8 +268,8 @@ class Scheduler:
                 or self._prefixes.shares_soon(request, len(hits), fresh)
             ):
                 break
-            self._waiting.popleft()
-            self._running.append(request)
+            del self._waiting[0]
+            insort(self._running, request, key=_place)
             self.blocks.hold(hits)
             request.blocks = hits + self.blocks.allocate(missing)
             request.status = "running"
@@ -275,6 +277,7 @@ class Scheduler:
             request.num_published = len(hits)
             if request.num_preemptions == 0:
                 request.num_cached = start
+                request.started = time.monotonic()
                 self.num_prefix_queried += known
                 self.num_prefix_hit += start
             spare -= count
@@ -357,6 +360,10 @@ class Scheduler:
                 self.finish(request, "length")
             events.append((request, [token]))
         return events
+
+
+def _place(request: Request) -> tuple[int, int]:
+    return request.priority, request.id
 
 
 def _token_logprob(

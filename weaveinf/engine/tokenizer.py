@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTED}))
+}
+"""How byte-level vocabularies write bytes: those that print as themselves, the others from 256 on."""
 
 
 class TextTokenizer:
@@ -36,8 +44,22 @@ class TextTokenizer:
         """Token ids, with what the tokenizer puts before a text (such as a BOS token)."""
         return list(self._tokenizer.encode(text))
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant begins to answer.
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, also where it is not a whole character."""
+        if token_id in self.backend.get_added_tokens_decoder():
+            return (self.backend.id_to_token(token_id) or "").encode()
+        piece = self.backend.id_to_token(token_id) or ""
+        if "ByteLevel" in repr(self.backend.decoder):
+            return bytes(_BYTES[char] for char in piece if char in _BYTES)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation up to where the assistant begins to answer; tools: JSON schemas of the
+        functions that it may call, as the template takes them.
 
         Raises:
             ValueError: when there is no chat template, or it refuses the messages.
@@ -46,7 +68,10 @@ class TextTokenizer:
             raise ValueError("this model has no chat template: use generate with a plain prompt")
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error

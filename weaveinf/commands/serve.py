@@ -1,0 +1,104 @@
+"""`weaveinf serve`: the model over HTTP, until a signal or the engine's end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from weaveinf.cli import settings
+from weaveinf.cluster.launch import launch
+from weaveinf.config import EngineConfig
+from weaveinf.server.app import make_app
+from weaveinf.server.async_engine import AsyncEngine
+from weaveinf.server.config import ServerConfig
+from weaveinf.server.metrics import Metrics
+
+log = logging.getLogger("weaveinf")
+
+HEADER_BYTES = 64 << 10
+
+
+def run(args: argparse.Namespace) -> None:
+    names = ServerConfig.__dataclass_fields__.keys() & vars(args).keys()
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    server, config = ServerConfig(**given), EngineConfig(**settings(args))
+    if os.environ.get("RANK", "0") != "0":
+        launch(config)  # serves rank 0, and exits
+    logging.raiseExceptions = False  # a log that cannot be written ends nothing
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    engine = AsyncEngine(config, server, Metrics())
+    with _listen(server) as listener:
+        asyncio.run(_serve(engine, server, listener))
+
+
+def _listen(server: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    try:
+        return socket.create_server((server.host, server.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {server.host} port {server.port}: {error.strerror}") from None
+
+
+async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.socket) -> None:
+    """Serves while the engine loads, too. RuntimeError when the engine is dead."""
+    http = _Http(
+        uvicorn.Config(
+            make_app(engine, server),
+            http="h11",
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        ),
+        engine,
+    )
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    serving = asyncio.create_task(http.serve([listener]))
+    try:
+        loading = asyncio.create_task(engine.start())
+        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            await loading
+            log.info("ready: %s", engine.config.model)
+            dying = asyncio.create_task(engine.died())
+            await asyncio.wait({serving, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if dying.done():
+                raise RuntimeError(f"the engine has failed: {dying.result()}")
+    finally:
+        http.should_exit = True
+        await serving
+        await asyncio.to_thread(engine.close)
+
+
+class _Http(uvicorn.Server):
+    """Drains at the first signal, ends at the second."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None or self._engine.state == "loading":
+            self.should_exit = self.force_exit = True
+            return
+        log.info(
+            "%s: finishing what runs, %.0f s at most", signal.Signals(sig).name, self._engine.server.drain_s
+        )
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._engine.drain()
+        self.should_exit = True

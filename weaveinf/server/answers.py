@@ -1,0 +1,194 @@
+"""What clients receive: OpenAI's objects, whole or in chunks, made of the engine's pieces."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from weaveinf.engine.request import TokenLogprob
+from weaveinf.engine.tokenizer import TextTokenizer
+from weaveinf.server.async_engine import Job, Piece
+from weaveinf.server.errors import ApiError
+from weaveinf.server.protocol import ChatRequest, CompletionRequest, Tool
+from weaveinf.server.tools import ToolReader
+
+Object = dict[str, Any]
+
+
+def head(names: tuple[str, str, str], model: str, stream: bool) -> Object:
+    """What all objects of an answer begin with."""
+    prefix, whole, chunk = names
+    object_ = chunk if stream else whole
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": object_,
+        "created": int(time.time()),
+        "model": model,
+    }
+
+
+def usage(job: Job) -> Object:
+    """The tokens of a job."""
+    prompt = sum(map(len, job.prompts))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": job.num_answered,
+        "total_tokens": prompt + job.num_answered,
+        "prompt_tokens_details": {"cached_tokens": job.num_cached},
+    }
+
+
+class Spelling:
+    """Log-probabilities in OpenAI's two forms; tokens of a model without a tokenizer are their numbers."""
+
+    def __init__(self, tokenizer: TextTokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def chat(self, entries: Sequence[TokenLogprob]) -> Object:
+        """Of `/v1/chat/completions`."""
+
+        def one(token: int, logprob: float) -> Object:
+            spelt = self._bytes(token)
+            return {"token": spelt.decode(errors="replace"), "logprob": logprob, "bytes": list(spelt)}
+
+        return {
+            "content": [
+                one(entry.token_id, entry.logprob)
+                | {
+                    "top_logprobs": [
+                        one(*best) for best in zip(entry.top_ids, entry.top_logprobs, strict=True)
+                    ]
+                }
+                for entry in entries
+            ]
+        }
+
+    def completion(self, ids: Sequence[int], entries: Sequence[TokenLogprob | None], at: int) -> Object:
+        """Of `/v1/completions`; `at`: where in the text they begin. None: nothing predicts the token."""
+        tokens = [self.text(token) for token in ids]
+        offsets = []
+        for token in tokens:
+            offsets.append(at)
+            at += len(token)
+        best = [
+            entry
+            and dict(zip(map(self.text, entry.top_ids), entry.top_logprobs, strict=True))
+            | {self.text(entry.token_id): entry.logprob}
+            for entry in entries
+        ]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry and entry.logprob for entry in entries],
+            "top_logprobs": best,
+            "text_offset": offsets,
+        }
+
+    def text(self, token: int) -> str:
+        return self._bytes(token).decode(errors="replace")
+
+    def _bytes(self, token: int) -> bytes:
+        return str(token).encode() if self._tokenizer is None else self._tokenizer.token_bytes(token)
+
+
+class CompletionAnswer:
+    """Of `/v1/completions`; a choice of a whole answer and of a chunk look alike."""
+
+    names = ("cmpl", "text_completion", "text_completion")
+
+    def __init__(
+        self, request: CompletionRequest, job: Job, texts: Sequence[str], tokenizer: TextTokenizer | None
+    ) -> None:
+        self._request = request
+        self._job = job
+        self._texts = texts
+        self._spelling = Spelling(tokenizer)
+        self._shown: dict[int, int] = {}  # characters, by choice
+        self._late: dict[int, list[Piece]] = {}  # pieces that came before the prompt's log-probabilities
+
+    def choices(self, piece: Piece) -> list[Object]:
+        """What a piece has to show."""
+        if self._waits(piece):
+            self._late.setdefault(piece.sample, []).append(piece)
+            return []
+        return [self._choice(one) for one in [*self._late.pop(piece.sample, []), piece]]
+
+    def _waits(self, piece: Piece) -> bool:
+        wanted = self._job.params.prompt_logprobs is not None
+        return wanted and piece.sample // self._job.params.n not in self._job.prompt_logprobs
+
+    def _choice(self, piece: Piece) -> Object:
+        request, prompt = self._request, piece.sample // self._job.params.n
+        text, ids, entries = piece.text, piece.token_ids, list[TokenLogprob | None](piece.logprobs)
+        if request.max_tokens == 0:
+            text, ids, entries = "", [], []
+        first = piece.sample not in self._shown
+        at = self._shown.get(piece.sample, 0)
+        if request.echo and first:
+            text, ids = self._texts[prompt] + text, self._job.prompts[prompt] + ids
+            entries = self._job.prompt_logprobs.get(prompt, []) + entries
+        self._shown[piece.sample] = at + len(text)
+        choice: Object = {"index": piece.sample, "text": text, "logprobs": None}
+        if request.logprobs is not None:
+            choice["logprobs"] = self._spelling.completion(ids, entries, at)
+        choice |= {"finish_reason": finish_reason(piece), "stop_reason": piece.stop_reason}
+        if request.return_token_ids:
+            choice["token_ids"] = ids
+            if first:
+                choice["prompt_token_ids"] = self._job.prompts[prompt]
+        return choice
+
+
+class ChatAnswer:
+    """Of `/v1/chat/completions`."""
+
+    names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
+
+    def __init__(
+        self, request: ChatRequest, job: Job, tools: list[Tool], tokenizer: TextTokenizer | None
+    ) -> None:
+        self._request = request
+        self._job = job
+        self._tools, self._parallel = tools, request.parallel_tool_calls
+        self._spelling = Spelling(tokenizer)
+        self._readers: dict[int, ToolReader] = {}
+
+    def choices(self, piece: Piece) -> list[Object]:
+        """What a piece has to show: the whole message, or what a chunk adds to it."""
+        first = piece.sample not in self._readers
+        reader = self._readers.setdefault(
+            piece.sample, ToolReader(self._tools, self._request.parallel_tool_calls)
+        )
+        content, calls = piece.text, list[Object]()
+        reason = finish_reason(piece)
+        if self._tools:
+            content = reader.add(piece.text)
+            if reason is not None:
+                rest, calls = reader.end()
+                content += rest
+        message: Object = {"role": "assistant"} if first else {}
+        if content or first:
+            message["content"] = content if content or not calls else None
+        if calls:
+            numbered = [{"index": i} | call for i, call in enumerate(calls)]
+            message["tool_calls"] = numbered if self._job.stream else calls
+            reason = "tool_calls" if reason == "stop" else reason
+        shows = message or reason is not None or (piece.token_ids and self._request.return_token_ids)
+        if not shows and not piece.logprobs:
+            return []
+        choice: Object = {"index": piece.sample, "delta" if self._job.stream else "message": message}
+        choice["logprobs"] = self._spelling.chat(piece.logprobs) if self._request.logprobs else None
+        choice |= {"finish_reason": reason, "stop_reason": piece.stop_reason}
+        if self._request.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+            if first:
+                choice["prompt_token_ids"] = self._job.prompts[0]
+        return [choice]
+
+
+def finish_reason(piece: Piece) -> str | None:
+    """ApiError (500) where the engine could not go on with it."""
+    if piece.finish_reason == "abort":
+        raise ApiError(500, f"the answer was aborted: {piece.stop_reason}")
+    return piece.finish_reason

@@ -1,0 +1,350 @@
+"""The HTTP routes: OpenAI's, the probes, the metrics and the status page."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import pydantic_core
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from weaveinf import __version__
+from weaveinf.engine.request import SamplingParams
+from weaveinf.engine.tokenizer import TextTokenizer
+from weaveinf.server import tools
+from weaveinf.server.answers import ChatAnswer, CompletionAnswer, Object, head, usage
+from weaveinf.server.async_engine import AsyncEngine, Job, Piece
+from weaveinf.server.config import ServerConfig
+from weaveinf.server.errors import ApiError, error_body
+from weaveinf.server.guard import Guard
+from weaveinf.server.metrics import EngineCollector
+from weaveinf.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TokenizeRequest,
+)
+from weaveinf.server.status import status
+
+T = TypeVar("T")
+log = logging.getLogger("weaveinf")
+
+TEXT_THREADS = 2
+"""Threads that turn text into tokens, so that the event loop never does."""
+
+
+def make_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+    """The application over an engine, which whoever serves it starts and closes."""
+    app = FastAPI(title="weaveinf", version=__version__, docs_url=None, redoc_url=None)
+    app.router.route_class = _Route
+    app.add_middleware(Guard, config=config)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ValueError, _wrong)
+    _Routes(engine, config).add_to(app)
+    return app
+
+
+class _Routes:
+    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._model = config.served_model_name or engine.config.model
+        self._threads = ThreadPoolExecutor(TEXT_THREADS, "text")
+        engine.metrics.registry.register(EngineCollector(engine, self._model))
+
+    def add_to(self, app: FastAPI) -> None:
+        app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/completions")(self.complete)
+        app.post("/tokenize")(self.tokenize)
+        app.post("/detokenize")(self.detokenize)
+        app.get("/v1/models")(self.models)
+        app.get("/health")(self.health)
+        app.get("/ready")(self.ready)
+        app.get("/version")(self.version)
+        app.get("/metrics")(self.metrics)
+        app.get("/status")(self.status)
+        app.get("/", include_in_schema=False)(self.page)
+
+    # Completions
+
+    async def complete(self, body: CompletionRequest, http: Request) -> Response:
+        tokenizer = self._tokenizer(body.model)
+        prompts, texts = await self._text(self._prompts, body, tokenizer)
+        job = self._job(body, prompts, body.params())
+        return await self._reply(http, body, job, CompletionAnswer(body, job, texts, tokenizer))
+
+    async def chat(self, body: ChatRequest, http: Request) -> Response:
+        tokenizer = self._tokenizer(body.model)
+        offered = tools.offered(body)
+        params = body.params(tools.required(body, offered))
+        prompt = await self._text(self._render, body, offered)
+        job = self._job(body, [prompt], params)
+        return await self._reply(http, body, job, ChatAnswer(body, job, offered, tokenizer))
+
+    def _tokenizer(self, model: str | None) -> TextTokenizer | None:
+        """Of the model, which must be the one that is served. ApiError (503) while there is none."""
+        if model not in (None, self._model):
+            raise ApiError(404, f"the model {model!r:.100} is not served here; {self._model!r} is", "model")
+        return self._engine.engine.tokenizer
+
+    async def _text(self, work: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
+
+    def _prompts(
+        self, body: CompletionRequest, tokenizer: TextTokenizer | None
+    ) -> tuple[list[list[int]], list[str]]:
+        """Token ids of every prompt, and their texts where these are echoed."""
+        prompts = body.prompts()
+        ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        if not body.echo:
+            return ids, []
+        size = self._engine.engine.model_config.vocab_size
+        if any(not 0 <= token < size for prompt in ids for token in prompt):
+            raise ValueError(f"prompt holds a token id outside 0 to {size - 1}")
+        spelt = tokenizer.backend.decode if tokenizer is not None else lambda _: ""
+        return ids, [one if isinstance(one, str) else spelt(one) for one in prompts]
+
+    def _encode(self, text: str) -> list[int]:
+        engine = self._engine.engine
+        # A text that cannot fit, however well it is cut into tokens, is not cut at all.
+        if len(text) > engine.model_config.max_model_len * engine.longest_token:
+            raise ValueError(f"prompt has {len(text)} characters, too many for this model's context")
+        return engine.encode(text)
+
+    def _render(self, body: ChatRequest, offered: Sequence[tools.Tool]) -> list[int]:
+        given = [tool.model_dump(exclude_none=True) for tool in offered] or None
+        return self._engine.engine.render_chat([message.plain() for message in body.messages], given)
+
+    def _job(self, body: Sampling, prompts: list[list[int]], params: SamplingParams) -> Job:
+        if (most := self._config.max_output_tokens) is not None:
+            if params.max_tokens is None:
+                params = replace(params, max_tokens=most)
+            elif params.max_tokens > most:
+                raise ValueError(f"max_tokens must be at most {most} on this server")
+        return Job(
+            prompts,
+            params,
+            stream=body.stream,
+            salt=(body.cache_salt or "").encode(),
+            priority=body.priority,
+            timeout_s=self._config.timeout_s if body.timeout is None else body.timeout,
+        )
+
+    async def _reply(
+        self, http: Request, body: Sampling, job: Job, answer: CompletionAnswer | ChatAnswer
+    ) -> Response:
+        if body.stream_options is not None and not body.stream:
+            raise ValueError("stream_options needs stream=true")
+        top = head(answer.names, self._model, body.stream)
+        seen = http.state.log
+        seen |= {
+            "answer": top["id"],
+            "prompts": len(job.prompts),
+            "prompt_tokens": sum(map(len, job.prompts)),
+        }
+        seen |= {} if body.user is None else {"user": body.user}
+        seen |= {"prompt_token_ids": job.prompts} if self._config.log_prompts else {}
+        pieces = self._engine.run(job)
+        try:
+            first = await _unless_gone(http.receive, anext(pieces))
+        except _Gone:
+            return Response(status_code=499)
+        finally:
+            seen["output_tokens"] = job.num_answered
+        if body.stream:
+            wanted = body.stream_options is not None and body.stream_options.include_usage
+            return _Stream(top, answer.choices, job, first, pieces, wanted)
+        found = sorted(first, key=lambda piece: piece.sample)
+        choices = [choice for piece in found for choice in answer.choices(piece)]
+        return JSONResponse(top | {"choices": choices, "usage": usage(job)})
+
+    # The other routes
+
+    async def tokenize(self, body: TokenizeRequest) -> Object:
+        self._tokenizer(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ValueError("give either prompt or messages")
+        if body.prompt is not None:
+            ids = await self._text(self._encode, body.prompt)
+        else:
+            ids = await self._text(self._render, body, body.tools or [])
+        most = self._engine.engine.model_config.max_model_len
+        return {"count": len(ids), "max_model_len": most, "tokens": ids}
+
+    async def detokenize(self, body: DetokenizeRequest) -> Object:
+        if (tokenizer := self._tokenizer(body.model)) is None:
+            raise ValueError("tokens: this model has no tokenizer")
+        size = self._engine.engine.model_config.vocab_size
+        if any(not 0 <= token < size for token in body.tokens):
+            raise ValueError(f"tokens holds an id outside 0 to {size - 1}")
+        return {"prompt": await self._text(tokenizer.backend.decode, body.tokens)}
+
+    async def models(self) -> Object:
+        most = self._engine.engine.model_config.max_model_len
+        model = {
+            "id": self._model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "weaveinf",
+            "max_model_len": most,
+        }
+        return {"object": "list", "data": [model]}
+
+    async def health(self) -> Response:
+        silent = self._engine.silent()
+        return JSONResponse({"status": silent or "ok"}, 200 if silent is None else 503)
+
+    async def ready(self) -> Response:
+        silent = "draining" if self._engine.state == "draining" else self._engine.silent()
+        return JSONResponse({"status": silent or "ok"}, 200 if silent is None else 503)
+
+    async def version(self) -> Object:
+        return {"version": __version__}
+
+    async def metrics(self) -> Response:
+        page = await self._text(generate_latest, self._engine.metrics.registry)
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+    async def status(self) -> Object:
+        return status(self._engine, self._model)
+
+    async def page(self) -> Response:
+        return HTMLResponse((files("weaveinf") / "assets" / "status.html").read_text())
+
+
+class _Stream(Response):
+    """Server-sent events: a chunk for each choice of each piece, then the usage if it is wanted.
+
+    When the client leaves, what makes the pieces is cancelled.
+    """
+
+    def __init__(
+        self,
+        top: Object,
+        choices: Callable[[Piece], list[Object]],
+        job: Job,
+        first: list[Piece],
+        rest: AsyncIterator[list[Piece]],
+        wants_usage: bool,
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._top, self._choices, self._job = top, choices, job
+        self._first, self._rest, self._wants_usage = first, rest, wants_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(receive, self._send(send))
+        except _Gone:
+            scope["state"]["log"]["status"] = 499
+        finally:
+            scope["state"]["log"]["output_tokens"] = self._job.num_answered
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await send(_part(self._chunks(self._first)))
+            async for pieces in self._rest:
+                if chunks := self._chunks(pieces):
+                    await send(_part(chunks))
+            end = [self._top | {"choices": [], "usage": usage(self._job)}] if self._wants_usage else []
+            await send(_part([*end, "[DONE]"]))
+        except Exception as error:
+            if not isinstance(error, HTTPException):
+                log.exception("a stream failed")
+                error = ApiError(500, "the server failed; see its log")
+            await send(_part([error_body(error)]))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _chunks(self, pieces: list[Piece]) -> list[Object]:
+        more = {"usage": None} if self._wants_usage else {}
+        return [
+            self._top | {"choices": [choice]} | more for piece in pieces for choice in self._choices(piece)
+        ]
+
+
+def _part(events: Sequence[Object | str]) -> Message:
+    said = (event.encode() if isinstance(event, str) else pydantic_core.to_json(event) for event in events)
+    return {
+        "type": "http.response.body",
+        "body": b"".join(b"data: %b\n\n" % one for one in said),
+        "more_body": True,
+    }
+
+
+class _Gone(Exception):
+    """The client has left."""
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """What `work` returns. It is cancelled, and _Gone raised, when the client leaves."""
+
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _Gone
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+class _Route(APIRoute):
+    """A route whose JSON is strict: no NaN, no half of a surrogate pair, no endless nesting."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"the body is not JSON: {error}") from None
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(error_body(error), error.status_code, error.headers)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"][1:]]
+    what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+    message = f"{'.'.join(path)}: {what}" if path else what
+    return await _refused(_, ApiError(400, message, path[0] if path else None))
+
+
+async def _wrong(_: Request, error: Exception) -> Response:
+    """The words of a ValueError begin with the field, where they are about one."""
+    words = str(error).replace("=", " ").replace(":", " ").replace("[", " ").split()[:3]
+    fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() | {"tokens"}
+    param = next((word for word in words if word in fields), None)
+    return await _refused(_, ApiError(400, str(error), param))
