@@ -128,10 +128,11 @@ class CompletionAnswer:
         if request.echo and first:
             text, ids = self._texts[prompt] + text, self._job.prompts[prompt] + ids
             entries = self._job.prompt_logprobs.get(prompt, []) + entries
-        self._shown[piece.sample] = at + len(text)
         choice: Object = {"index": piece.sample, "text": text, "logprobs": None}
         if request.logprobs is not None:
-            choice["logprobs"] = self._spelling.completion(ids, entries, at)
+            choice["logprobs"] = found = self._spelling.completion(ids, entries, at)
+            at += sum(map(len, found["tokens"]))
+        self._shown[piece.sample] = at
         choice |= {"finish_reason": finish_reason(piece), "stop_reason": piece.stop_reason}
         if request.return_token_ids:
             choice["token_ids"] = ids

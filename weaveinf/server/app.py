@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
@@ -167,6 +167,7 @@ class _Routes:
         if body.stream:
             wanted = body.stream_options is not None and body.stream_options.include_usage
             return _Stream(top, answer.choices, job, first, pieces, wanted)
+        await pieces.aclose()
         found = sorted(first, key=lambda piece: piece.sample)
         choices = [choice for piece in found for choice in answer.choices(piece)]
         return JSONResponse(top | {"choices": choices, "usage": usage(job)})
@@ -237,7 +238,7 @@ class _Stream(Response):
         choices: Callable[[Piece], list[Object]],
         job: Job,
         first: list[Piece],
-        rest: AsyncIterator[list[Piece]],
+        rest: AsyncGenerator[list[Piece]],
         wants_usage: bool,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -254,8 +255,8 @@ class _Stream(Response):
             scope["state"]["log"]["output_tokens"] = self._job.num_answered
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send(_part(self._chunks(self._first)))
             async for pieces in self._rest:
                 if chunks := self._chunks(pieces):
@@ -267,6 +268,8 @@ class _Stream(Response):
                 log.exception("a stream failed")
                 error = ApiError(500, "the server failed; see its log")
             await send(_part([error_body(error)]))
+        finally:
+            await self._rest.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _chunks(self, pieces: list[Piece]) -> list[Object]:

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -156,7 +156,7 @@ class AsyncEngine:
         executor = self._engine.executor
         return executor.silent() if isinstance(executor, Cluster) else None
 
-    async def run(self, job: Job) -> AsyncIterator[list[Piece]]:
+    async def run(self, job: Job) -> AsyncGenerator[list[Piece]]:
         """Runs a job and yields its pieces as they come; the last of each sample has a finish reason.
 
         Leaving early aborts it. ValueError when it can never be served. ApiError: 429 when too many wait,
@@ -172,19 +172,20 @@ class AsyncEngine:
         job.left = job.num_samples
         self._jobs.add(job)
         self._calls.put((self._begin, job))
+        deadline = asyncio.get_running_loop().time() + min(job.timeout_s, self.server.timeout_s)
         try:
-            async with asyncio.timeout(min(job.timeout_s, self.server.timeout_s)):
-                while job.left:
+            while job.left:
+                async with asyncio.timeout_at(deadline):
                     await job.news.wait()
-                    job.news.clear()
-                    if job.error is not None:
-                        raise job.error
-                    if job.stream or len(job.pieces) == job.num_samples:
-                        pieces, job.pieces = job.pieces, []
-                        job.left -= sum(piece.finish_reason is not None for piece in pieces)
-                        job.num_answered += sum(len(piece.token_ids) for piece in pieces)
-                        job.shown = True
-                        yield pieces
+                job.news.clear()
+                if job.error is not None:
+                    raise job.error
+                if job.stream or len(job.pieces) == job.num_samples:
+                    pieces, job.pieces = job.pieces, []
+                    job.left -= sum(piece.finish_reason is not None for piece in pieces)
+                    job.num_answered += sum(len(piece.token_ids) for piece in pieces)
+                    job.shown = True
+                    yield pieces
         except TimeoutError:
             raise ApiError(504, "the request's time is up before its answer was whole") from None
         finally:
