@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -36,6 +36,8 @@ class ServerConfig:
     drain_s: float = 60.0
     max_restarts: int = 5
     log_prompts: bool = False
+    keys: tuple[bytes, ...] = field(init=False, repr=False)
+    """Read from the file at once, so that a server without its keys never starts."""
 
     def __post_init__(self) -> None:
         for name, low in (("max_waiting", 0), ("max_body_bytes", 1024), ("max_restarts", 0), ("port", 0)):
@@ -43,12 +45,12 @@ class ServerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
         if not (0 < self.timeout_s < 1e6 and 0 <= self.drain_s < 1e6):
             raise ValueError("timeout_s must be above 0, drain_s at least 0, both below a million seconds")
+        object.__setattr__(self, "keys", self._read_keys())
 
-    def keys(self) -> list[bytes]:
-        """The API keys. ValueError when the file holds none."""
+    def _read_keys(self) -> tuple[bytes, ...]:
         if self.api_key_file is None:
-            return []
-        keys = [line.strip().encode() for line in Path(self.api_key_file).read_text().splitlines()]
-        if not (keys := [key for key in keys if key]):
+            return ()
+        lines = [line.strip().encode() for line in Path(self.api_key_file).read_text().splitlines()]
+        if not any(lines):
             raise ValueError(f"{self.api_key_file} holds no key: write one a line")
-        return keys
+        return tuple(filter(None, lines))

@@ -34,7 +34,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
-        self._keys = config.keys()
+        self._keys = config.keys
         self._max_body = config.max_body_bytes
         # Without a key, a page in a browser on this machine is kept out by the names it can be reached under.
         self._local = config.host in _LOCAL and not self._keys

@@ -50,6 +50,9 @@ class Metrics:
         self.communication = counter(
             "collective_seconds", "Of seams, in the steps that were recorded.", "op", "overlapped"
         )
+        for reason in ("stop", "length", "abort"):
+            self.success.labels(reason)
+        self.rejected.labels("queue_full")
         self.recent = {name: deque[float](maxlen=512) for name in ("first", "gap", "whole")}
         """The latest values of three of them, for the status page."""
         self.num_tokens = {"prompt": 0, "generation": 0}
