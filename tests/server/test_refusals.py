@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.cluster.harness import PATIENCE_S
 from tests.server.harness import DEMO, MODEL, Server, until
 from weaveinf.config import EngineConfig
 from weaveinf.server.app import make_app
@@ -159,9 +160,10 @@ def test_a_header_too_large_and_a_slow_client(server: Server) -> None:
                 if endless.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) in (b"", b"H"):
                     raise StopIteration
                 time.sleep(0.01)
-    with socket.create_connection((host, int(port))) as slow:
+    with socket.create_connection((host, int(port)), PATIENCE_S) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
         assert server.text("the others", max_tokens=2)
+        assert slow.recv(1) == b""  # after HEAD_S
 
 
 def test_keys_open_every_route_but_the_probes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weaveinf.cli import settings
 from weaveinf.cluster.launch import launch
@@ -22,7 +23,9 @@ from weaveinf.server.metrics import Metrics
 
 log = logging.getLogger("weaveinf")
 
-HEADER_BYTES = 64 << 10
+HEAD_BYTES = 64 << 10
+HEAD_S = 10.0
+"""A request's line and headers must be here within this time, and be no larger."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,8 +55,8 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
     http = _Http(
         uvicorn.Config(
             make_app(engine, server),
-            http="h11",
-            h11_max_incomplete_event_size=HEADER_BYTES,
+            http=_Connection,
+            h11_max_incomplete_event_size=HEAD_BYTES,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -80,6 +83,28 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
         http.should_exit = True
         await serving
         await asyncio.to_thread(engine.close)
+
+
+class _Connection(H11Protocol):
+    """Closes when a request's head does not come in time."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    def _wait(self) -> None:
+        begun = self.cycle is not None and not self.cycle.response_complete
+        if begun and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif not begun and self._late is None:
+            self._late = self.loop.call_later(HEAD_S, self.transport.close)
 
 
 class _Http(uvicorn.Server):

@@ -88,10 +88,11 @@ class ToolReader:
         return "", [call for call in calls if call][: None if self._parallel else 1]
 
     def _call(self, said: Any) -> dict[str, Any] | None:
-        if not isinstance(said, dict) or said.get("name") not in self._names:
+        name = said.get("name") if isinstance(said, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = said.get("arguments", said.get("parameters", {}))
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        function = {"name": said["name"], "arguments": arguments}
+        function = {"name": name, "arguments": arguments}
         return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
