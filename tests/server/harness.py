@@ -27,10 +27,10 @@ MODEL = "demo"
 class Server:
     """The demo's model in float32 behind HTTP, in a process of its own."""
 
-    def __init__(self, *options: str, model: str = DEMO, tp: int = 2) -> None:
+    def __init__(self, *options: str, model: str = DEMO, tp: int = 2, **environment: str) -> None:
         command = [sys.executable, "-m", "weaveinf", "serve", model, "--served-model-name", MODEL]
         command += ["--tp", str(tp), "--dtype", "float32", "--port", "0", "--kv-cache-gib", "0.05", *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.lines: list[str] = []
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self._listening = threading.Event()
