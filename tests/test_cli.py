@@ -39,7 +39,7 @@ SURFACE = {
     "serve": ENGINE
     | {"--load-format", "--host", "--port", "--served-model-name", "--api-key-file", "--max-waiting"}
     | {"--max-output-tokens", "--max-body-bytes", "--timeout-s", "--drain-s", "--max-restarts"}
-    | {"--log-prompts"},
+    | {"--log-prompts", "--otlp-endpoint"},
     "bench latency": ENGINE
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE

@@ -211,7 +211,8 @@ def _server(command: argparse.ArgumentParser) -> None:
     add("--timeout-s", type=float, help="a request that takes longer is ended (600)")
     add("--drain-s", type=float, help="after SIGTERM, what runs may take so long to end (60)")
     add("--max-restarts", type=int, help="of ranks that died, before the server gives up (5)")
-    add("--log-prompts", action="store_true", help="let the log show prompts")
+    add("--log-prompts", action="store_true", help="let the log show prompts' token ids")
+    add("--otlp-endpoint", metavar="URL", help="send a span of each request there (no tracing)")
 
 
 def _load_format(command: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -19,6 +20,7 @@ class Trace:
         told: what a recorded trace says of blocks, seams and waits, once it was written.
         seconds: duration of the latest steps, by their phase ("prefill" has a row that is not a
             decode row).
+        on_step: called after each step with its phase, seconds and rows.
     """
 
     steps: Counter[str] = field(default_factory=Counter)
@@ -28,10 +30,13 @@ class Trace:
     choices: Counter[str] = field(default_factory=Counter)
     told: str = ""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
+    on_step: Callable[[str, float, int], None] | None = None
 
     KEPT = 4096
 
-    def step(self, how: str, why: str, phase: str, seconds: float) -> None:
+    def step(self, how: str, why: str, phase: str, seconds: float, rows: int) -> None:
+        if self.on_step is not None:
+            self.on_step(phase, seconds, rows)
         self.steps[how] += 1
         self.reasons[why] += 1
         times = self.seconds[phase]

@@ -199,7 +199,7 @@ class Worker:
         self.steps_done += 1
         phase = "decode" if step.decodes else "prefill"
         how = "woven" if step.cut else "fused" if self.seam.fused else "plain"
-        self.trace.step(how, step.why, phase, time.perf_counter() - began)
+        self.trace.step(how, step.why, phase, time.perf_counter() - began, step.num_tokens)
         return output
 
     def _batch(self, step: Step) -> Batch:

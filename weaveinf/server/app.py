@@ -37,6 +37,7 @@ from weaveinf.server.protocol import (
     TokenizeRequest,
 )
 from weaveinf.server.status import status
+from weaveinf.server.tracing import Traced
 
 T = TypeVar("T")
 log = logging.getLogger("weaveinf")
@@ -50,6 +51,8 @@ def make_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="weaveinf", version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = _Route
     app.add_middleware(Guard, config=config)
+    if config.otlp_endpoint is not None:
+        app.add_middleware(Traced, endpoint=config.otlp_endpoint)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ValueError, _wrong)

@@ -241,6 +241,7 @@ class AsyncEngine:
             try:
                 engine = Engine(launch(self.config))
                 _ = engine.tokenizer  # loaded here, so that no coroutine waits for it
+                engine.trace.on_step = self.metrics.stepped
                 self._engine = engine
             except BaseException as error:  # SystemExit too: of a torchrun rank that follows
                 self._die(error)

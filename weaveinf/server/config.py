@@ -22,7 +22,8 @@ class ServerConfig:
         timeout_s: a request that is not answered by then is ended (504); it may ask for less.
         drain_s: after SIGTERM, how long what runs may take to end.
         max_restarts: times that ranks which died are started anew, before the server ends as failed.
-        log_prompts: whether the log shows prompts and answers.
+        log_prompts: whether the log shows the prompts' token ids.
+        otlp_endpoint: an OpenTelemetry collector's URL, which gets a span of each request; None: no tracing.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +37,7 @@ class ServerConfig:
     drain_s: float = 60.0
     max_restarts: int = 5
     log_prompts: bool = False
+    otlp_endpoint: str | None = None
     keys: tuple[bytes, ...] = field(init=False, repr=False)
     """Read from the file at once, so that a server without its keys never starts."""
 

@@ -28,8 +28,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
 
-        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"weaveinf_{name}", what, buckets=buckets, registry=registry)
+        def histogram(name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"weaveinf_{name}", what, labels, buckets=buckets, registry=registry)
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"weaveinf_{name}", what, labels, registry=registry)
@@ -43,6 +43,8 @@ class Metrics:
         self.decode = histogram("request_decode_seconds", "From its first token to its last.", _LONG)
         self.prompts = histogram("request_prompt_tokens", "Of a finished sequence.", _TOKENS)
         self.answers = histogram("request_generation_tokens", "Of a finished sequence.", _TOKENS)
+        self.steps = histogram("step_seconds", "Of the engine's steps.", _SHORT, "phase")
+        self.rows = histogram("iteration_tokens", "Rows of the engine's steps.", _TOKENS, "phase")
         self.prompt_tokens = counter("prompt_tokens", "Of sequences that got their first token.")
         self.generation_tokens = counter("generation_tokens", "Sampled.")
         self.success = counter("request_success", "Sequences that ended.", "finished_reason")
@@ -88,6 +90,11 @@ class Metrics:
     def _note(self, name: str, seconds: float) -> None:
         getattr(self, name).observe(seconds)
         self.recent[name].append(seconds)
+
+    def stepped(self, phase: str, seconds: float, rows: int) -> None:
+        """The engine has done a step."""
+        self.steps.labels(phase).observe(seconds)
+        self.rows.labels(phase).observe(rows)
 
     def aborted(self, id_: int) -> None:
         """A sequence ended because its client left, or its time was up."""
