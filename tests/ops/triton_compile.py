@@ -20,6 +20,7 @@ from weaveinf.comm.symmetric import Call
 from weaveinf.comm.triton_seam import TritonSeam
 from weaveinf.ops import triton_attention, triton_elementwise, triton_moe, triton_select
 from weaveinf.ops.index import FP8
+from weaveinf.ops.norm import Joint
 
 
 class Hopper:
@@ -79,7 +80,7 @@ def elementwise(dtype: torch.dtype) -> None:
     triton_elementwise.rms_norm(qkv[:, :16], weight[:128], 1e-6)
     for ranks in (1, 4):
         partials = list(hidden[:ranks])
-        triton_elementwise.add_rms_norm(partials, hidden[4], weight, 1e-5, 0.0, 1.0, hidden[5])
+        triton_elementwise.add_rms_norm(partials, hidden[4], Joint(weight, 1e-5), hidden[5])
     positions = torch.zeros(8, dtype=torch.int32)
     triton_elementwise.rope_(qkv[:, :16], torch.zeros(64, 128), positions)
     pools = torch.zeros(2, 4, 16, 2, 128, dtype=dtype)

@@ -199,15 +199,7 @@ class CollectiveSeam:
     def _add_and_norm(self, joint: Joint, parts: Sequence[Tensor], own: slice, x: Tensor) -> None:
         """Rows `own` of the residual, and x of them."""
         if len(x):
-            add_rms_norm(
-                parts,
-                self._residual[own],
-                joint.weight,
-                joint.eps,
-                joint.weight_offset,
-                joint.residual_scale,
-                x,
-            )
+            add_rms_norm(parts, self._residual[own], joint, x)
 
     def _move(self, kept: Tensor, before: int, rows: int) -> Iterator[Transfers]:
         """Brings the residual of the kept rows to the ranks whose shares they now are."""

@@ -154,10 +154,9 @@ class Progress:
         that points to."""
         self._start()
         assert segment.lib is not None and native.lib is not None
-        weight, kernel = joint.weight.data_ptr(), native.lib.weave_add_rms_norm.address
-        varied = joint.eps, joint.weight_offset, joint.residual_scale
-        submit = segment.lib.weaveinf_streams_submit
-        job = Sum(self, submit(self.engine, plan, kernel, weight, *varied), (joint, held))
+        where = self.engine, plan, native.lib.weave_add_rms_norm.address, joint.weight.data_ptr()
+        handle = segment.lib.weaveinf_streams_submit(*where, *joint.varied)
+        job = Sum(self, handle, (joint, held))
         self._sums.add(job)
         return job
 

@@ -118,16 +118,7 @@ class SharedSeam:
         else:
             kept = kept.contiguous()
             where, rows = kept.data_ptr(), kept.numel()
-        code = self._start(
-            self._address,
-            where,
-            rows,
-            joint.weight.data_ptr(),
-            joint.eps,
-            joint.weight_offset,
-            joint.residual_scale,
-        )
-        check(code, "a seam")
+        check(self._start(self._address, where, rows, joint.weight.data_ptr(), *joint.varied), "a seam")
         self._rows = rows
 
     def finish(self) -> Tensor:

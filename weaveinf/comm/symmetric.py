@@ -246,7 +246,7 @@ class SymmetricSeam:
         call.old_rows, call.fresh = before, self._fresh
         if joint is not None:
             call.rows, call.weight = self._rows, joint.weight.data_ptr()
-            call.eps, call.offset, call.scale = joint.eps, joint.weight_offset, joint.residual_scale
+            call.eps, call.offset, call.scale = joint.varied
             call.kept = kept.data_ptr() if kept is not None else None
 
         held = [] if joint is None else [joint.weight] if kept is None else [joint.weight, kept]
