@@ -21,7 +21,7 @@ from tests.comm.cuda import world
 from tests.comm.cuda.world import World
 from weaveinf.ops import select
 from weaveinf.ops.activation import silu_mul_reference
-from weaveinf.ops.attention import paged_attention_reference
+from weaveinf.ops.attention import Paged, paged_attention_reference
 from weaveinf.ops.index import FP8, IndexKeys, quantize, scores_reference
 from weaveinf.ops.moe import moe_reference, route
 from weaveinf.ops.norm import Joint, add_rms_norm_reference, rms_norm_reference
@@ -154,7 +154,7 @@ def check_attention(
     heads = kv_heads * group
     fused = torch.randn(len(where), heads + 3, head_dim, device=device).to(dtype)
     held = torch.full((len(where) + 2, heads, head_dim), torch.nan, dtype=dtype, device=device)
-    arguments = (keys, values, table.to(device), starts, where, head_dim**-0.5, window)
+    arguments = ((keys, values), Paged(table.to(device), starts, where), head_dim**-0.5, window)
     q = fused[:, :heads]
     want = paged_attention_reference(q, *arguments)
     kernels.paged_attention(q, *arguments, out=held[:-2])

@@ -21,7 +21,7 @@ from weaveinf.comm.seam import Joint
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.weights import Piece, Weights, columns, rows
 from weaveinf.ops.activation import silu_mul
-from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.attention import Paged, paged_attention
 from weaveinf.ops.embedding import embed
 from weaveinf.ops.linear import PackedWeight, linear
 from weaveinf.ops.moe import ExpertWeights, moe, route
@@ -261,18 +261,8 @@ class Attention:
         """Attention and the output's product; of all rows, or of those kept."""
         if self.selector is not None:
             return self._attend_to_some(s, batch, out, kept, self.selector)
-        paged_attention(
-            s.q,
-            self.keys,
-            self.values,
-            batch.block_table,
-            batch.cu_seqlens_q,
-            batch.positions,
-            self.scale,
-            self.window,
-            out=s.mixed_heads,
-            seq_lens=batch.seq_lens,
-        )
+        paged = Paged(batch.block_table, batch.cu_seqlens_q, batch.positions, batch.seq_lens)
+        paged_attention(s.q, (self.keys, self.values), paged, self.scale, self.window, s.mixed_heads)
         linear(s.mixed, self.o, self.o_bias, out=out)
         return None
 

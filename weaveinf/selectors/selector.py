@@ -23,7 +23,7 @@ from weaveinf.cache.batch import Batch, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.ops import select
-from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.attention import Paged, paged_attention
 
 DENSE, ANSWER, PROMPT = 0, 1, 2
 """How a row is served: it reads all, or what is chosen for it alone, or for its chunk of the prompt."""
@@ -131,8 +131,8 @@ class Segment:
         if self.chosen is not None:
             self.chosen.attend(q, keys, values, scale, out)
         else:
-            where = (self.block_table, self.cu_seqlens, self.positions)
-            paged_attention(q, keys, values, *where, scale, out=out)
+            paged = Paged(self.block_table, self.cu_seqlens, self.positions)
+            paged_attention(q, (keys, values), paged, scale, out=out)
 
     @cached_property
     def _pages(self) -> Tensor:
@@ -172,7 +172,7 @@ class Tokens:
     positions: Tensor
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        select.attend(q, keys, values, self.slots, self.cu_seqlens, self.positions, scale, out)
+        select.attend(q, keys, values, Paged(self.slots, self.cu_seqlens, self.positions), scale, out)
 
 
 Choosing = Generator[Tensor, Tensor, Sequence[Segment]]

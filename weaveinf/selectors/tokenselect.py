@@ -29,6 +29,7 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch, put
 from weaveinf.ops import select
+from weaveinf.ops.attention import Paged
 from weaveinf.ops.rope import rope_
 from weaveinf.selectors.selector import (
     ANSWER,
@@ -239,8 +240,9 @@ class Compacted(Tokens):
             here = torch.arange(len(k) * count, dtype=torch.int32, device=k.device)
             rope_(k.flatten(0, 1), self.rotary, here % count)
             turned = rope_(q[rows].clone(), self.rotary, self.positions[rows])
-            where = here.view(-1, count), self.cu_seqlens[part.start : part.stop + 1] - rows.start
-            select.attend(turned, k, v, *where, self.positions[rows], scale, out[rows])
+            starts = self.cu_seqlens[part.start : part.stop + 1] - rows.start
+            paged = Paged(here.view(-1, count), starts, self.positions[rows])
+            select.attend(turned, k, v, paged, scale, out[rows])
 
 
 class _Answers:
