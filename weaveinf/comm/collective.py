@@ -171,14 +171,15 @@ class CollectiveSeam:
                 words += [word for t in ways for word in (t.data_ptr(), t.nbytes)]
         return (ctypes.c_int64 * len(words))(*words), held
 
+    def _part(self, at: int, span: tuple[int, int]) -> slice:
+        """Rows `at` and on of a span, as many as go at once."""
+        return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
+
     def _cut(self, rows: int) -> list[_Chunk]:
         shares, me = self._shares(rows), self._ranks.rank
         first, last = shares[me]
 
-        def part(at: int, span: tuple[int, int]) -> slice:
-            return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
-
-        chunks = []
+        chunks, part = [], self._part
         for at in range(0, max(b - a for a, b in shares), self._chunk):
             mine, own = part(at, (first, last)), part(at, (0, last - first))
             sums = [self._inbox[r][own] for r in range(len(shares))]

@@ -68,13 +68,7 @@ class Job:
 class _Outcome(ctypes.Structure):
     """struct Outcome of streams.cpp. error: errno, or -1 where a peer closed its connection."""
 
-    _fields_ = [
-        ("began", ctypes.c_double),
-        ("ended", ctypes.c_double),
-        ("kind", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("error", ctypes.c_int64),
-    ]
+    _fields_ = native.fields("double began ended, int64 kind rank error")
 
     def problem(self) -> BaseException | None:
         """What went wrong; None for nothing."""
