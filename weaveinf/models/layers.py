@@ -393,6 +393,12 @@ class Head:
         return logits
 
 
+def dense_layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
+    """Attention and MLP of layer i, as most families have them."""
+    name = f"model.layers.{i}"
+    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
+
+
 class Model:
     """One rank's share of a model: the chain of its blocks and joints, and the head behind it.
 
