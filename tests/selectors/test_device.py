@@ -17,12 +17,13 @@ from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
 from weaveinf.ops.select import Where
-from weaveinf.selectors import selector, tokenselect
+from weaveinf.selectors import segments, tokenselect
 from weaveinf.selectors.fasa import Fasa
 from weaveinf.selectors.hisa import STAGED, Hisa
 from weaveinf.selectors.lazyllm import LazyLlm
 from weaveinf.selectors.quest import Quest
-from weaveinf.selectors.selector import Heads, Index, RowFacts, Segment, segments
+from weaveinf.selectors.segments import RowFacts, Segment, segments
+from weaveinf.selectors.selector import Heads, Index
 from weaveinf.selectors.tokenselect import TokenSelect
 
 META = torch.device("meta")
@@ -94,7 +95,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return x
 
     monkeypatch.setattr(tokenselect, "rope_", turned)
-    for module in (select, selector):
+    for module in (select, segments):
         monkeypatch.setattr(module, "paged_attention", attention)
 
 
@@ -147,7 +148,7 @@ def test_hisa_waits_for_nothing() -> None:
     keys = IndexKeys(torch.empty(cached.num_pages, PAGE, 16, device=META))
     batch = cached.batch(ROWS).to(META)
     part.write_index(0, keys, batch)
-    facts = RowFacts.of(batch, part.budgets)
+    facts = RowFacts.of(batch, part.budgets.of_slot)
     for segment in segments(batch, facts, part.kinds(facts)):
         count = segment.rows.stop - segment.rows.start
         q, weights = torch.empty(count, 3, 16, device=META), torch.empty(count, 3, device=META)

@@ -31,7 +31,8 @@ from weaveinf.ops.index import IndexKeys
 from weaveinf.selectors.fasa import save
 from weaveinf.selectors.hisa import POOL, Hisa
 from weaveinf.selectors.registry import settings
-from weaveinf.selectors.selector import Heads, Index, PerRow, RowFacts, Selector
+from weaveinf.selectors.segments import PerRow, RowFacts
+from weaveinf.selectors.selector import Heads, Index, Selector
 from weaveinf.selectors.tokenselect import CHUNK
 
 _LAYERS = 10  # the last ones are timed: the methods' own first layers are dense

@@ -29,7 +29,8 @@ from weaveinf.ops.linear import linear
 from weaveinf.ops.norm import rms_norm
 from weaveinf.ops.rope import halves, rope_, write_kv
 from weaveinf.selectors.hisa import HisaSelector
-from weaveinf.selectors.selector import Segment, Selector
+from weaveinf.selectors.segments import Segment
+from weaveinf.selectors.selector import Selector
 
 POOL = "latent"
 _EPS = 1e-6  # whatever the config's
