@@ -22,7 +22,7 @@ from weaveinf.selectors.fasa import Fasa
 from weaveinf.selectors.hisa import STAGED, Hisa
 from weaveinf.selectors.lazyllm import LazyLlm
 from weaveinf.selectors.quest import Quest
-from weaveinf.selectors.segments import RowFacts, Segment, segments
+from weaveinf.selectors.segments import RowFacts, Segment
 from weaveinf.selectors.selector import Heads, Index
 from weaveinf.selectors.tokenselect import TokenSelect
 
@@ -149,7 +149,7 @@ def test_hisa_waits_for_nothing() -> None:
     batch = cached.batch(ROWS).to(META)
     part.write_index(0, keys, batch)
     facts = RowFacts.of(batch, part.budgets.of_slot)
-    for segment in segments(batch, facts, part.kinds(facts)):
+    for segment in segments.segments(batch, facts, part.kinds(facts)):
         count = segment.rows.stop - segment.rows.start
         q, weights = torch.empty(count, 3, 16, device=META), torch.empty(count, 3, device=META)
         rows = segment.per_row
