@@ -15,7 +15,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
-from weaveinf.commands.report import read_rate, write_json
+from weaveinf.commands.report import in_turns, read_rate, write_json
 from weaveinf.config import PAGE_SIZE
 from weaveinf.ops import index, select
 from weaveinf.ops.attention import Paged, Pair, paged_attention
@@ -154,14 +153,8 @@ def _compare(
 
 
 def _rows(tokens: int, calls: dict[str, Callable[[], float]], turns: int) -> list[dict[str, Any]]:
-    """Medians over turns in which all methods take theirs, the first one unseen; beside the first method."""
-    times: dict[str, list[float]] = {title: [] for title in calls}
-    for turn in range(turns + 1):
-        for title, call in calls.items():
-            took = call()
-            if turn:
-                times[title].append(took)
-    ms = {title: median(values) for title, values in times.items()}
+    """Medians over turns, beside the first method."""
+    ms = in_turns(calls, turns)
     first = next(iter(ms.values()))
     return [{"tokens": tokens, "method": t, "ms": ms[t], "times_dense": first / ms[t]} for t in ms]
 
