@@ -15,6 +15,7 @@ from tests.selectors.harness import CPU, DIM, HEADS, KV_HEADS, LAYERS, MODEL, PA
 from tests.selectors.test_selectors import table
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
+from weaveinf.ops.attention import Paged, Pair
 from weaveinf.ops.index import IndexKeys
 from weaveinf.ops.select import Where
 from weaveinf.selectors import segments, tokenselect
@@ -79,8 +80,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         there(q, weights, keys.values, *given)
         return torch.empty(len(q), given[2], device=META)
 
-    def attention(*given: Any, out: Tensor) -> Tensor:
-        there(*given, out)
+    def attention(q: Tensor, pools: Pair, paged: Paged, scale: float, *, out: Tensor) -> Tensor:
+        there(q, *pools, *paged, out)
         return out
 
     monkeypatch.setattr(select, "votes", votes)
