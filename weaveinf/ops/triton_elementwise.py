@@ -34,54 +34,34 @@ def _rms_norm(
 
 
 @triton.jit
-def _add_rms_norm(
-    partials,
-    residual,
-    weight,
-    out,
-    varied,
-    partial_strides,
-    strides,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _add_rms_norm(partials, residual, weight, out, varied, strides, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (rows,). `partials`: a tuple of pointers, summed in its order; varied: see `Joint`; strides: of
-    the rows of residual and out."""
+    rows of residual, out and each of the partials."""
     eps, offset, scale = varied
-    residual_stride, out_stride = strides
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < WIDTH
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(len(partials)):
-        part = tl.load(partials[rank] + row * partial_strides[rank] + i, mask=inside, other=0.0)
+        part = tl.load(partials[rank] + row * strides[2 + rank] + i, mask=inside, other=0.0)
         total += part.to(tl.float32)
-    at = residual + row * residual_stride + i
+    at = residual + row * strides[0] + i
     f = tl.load(at, mask=inside, other=0.0).to(tl.float32) + scale * total
     rounded = f.to(residual.dtype.element_ty)
     tl.store(at, rounded, mask=inside)
     f = rounded.to(tl.float32)
     w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32) + offset
     f = f * tl.rsqrt(tl.sum(f * f) / WIDTH + eps) * w
-    tl.store(out + row * out_stride + i, f.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * strides[1] + i, f.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _rope(
-    x,
-    cos_sin,
-    positions,
-    heads,
-    strides,
-    HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
+def _rope(x, cos_sin, positions, heads, strides, HALF: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (rows, head tiles). strides: of x, of rows and heads."""
     row_stride, head_stride = strides
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    i = tl.arange(0, BLOCK_HALF)
+    head = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    i = tl.arange(0, BLOCK)
     table = cos_sin + tl.load(positions + row).to(tl.int64) * (2 * HALF) + i
     cos = tl.load(table, mask=i < HALF, other=0.0)[None, :]
     sin = tl.load(table + HALF, mask=i < HALF, other=0.0)[None, :]
@@ -151,8 +131,8 @@ def add_rms_norm(partials: Sequence[Tensor], residual: Tensor, joint: Joint, out
     if rows:
         block = triton.next_power_of_2(width)
         given = tuple(partials), residual, joint.weight, out, joint.varied
-        strides = tuple(partial.stride(0) for partial in partials), (residual.stride(0), out.stride(0))
-        _add_rms_norm[(rows,)](*given, *strides, width, block, num_warps=_warps(block))
+        strides = tuple(each.stride(0) for each in (residual, out, *partials))
+        _add_rms_norm[(rows,)](*given, strides, width, block, num_warps=_warps(block))
     return out
 
 
