@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.comm.cuda.world import World
 from weaveinf.comm.symmetric import kernel
 from weaveinf.ops import cuda
-from weaveinf.ops.norm import add_rms_norm
+from weaveinf.ops.norm import Joint, add_rms_norm
 
 HIDDEN = 8192
 ROWS = (64, 256, 1024, 4096, 8192)
@@ -81,7 +81,7 @@ def others_us(rows: int) -> dict[str, float]:
         return total, (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + 1e-5) * weight.float()).to(DTYPE)
 
     def triton(sums: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
-        add_rms_norm([sums], residual, weight, 1e-5, 0.0, 1.0, out)
+        add_rms_norm([sums], residual, Joint(weight, 1e-5), out)
 
     return {
         "torch.compile": microseconds([partial(compiled, *one[:2]) for one in drawn]),

@@ -8,39 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weaveinf.engine.request import RequestOutput, SamplingParams
     from weaveinf.llm import LLM
-    from weaveinf.selectors.fasa import Fasa
-    from weaveinf.selectors.hisa import Hisa
-    from weaveinf.selectors.lazyllm import LazyLlm
-    from weaveinf.selectors.quest import Quest
-    from weaveinf.selectors.tokenselect import TokenSelect
+    from weaveinf.selectors.registry import Fasa, Hisa, LazyLlm, Quest, TokenSelect
 
 __version__ = "0.1.0"
-__all__ = [
-    "LLM",
-    "Fasa",
-    "Hisa",
-    "LazyLlm",
-    "Quest",
-    "RequestOutput",
-    "SamplingParams",
-    "TokenSelect",
-    "__version__",
-]
+__all__ = ["LLM", "Fasa", "Hisa", "LazyLlm", "Quest", "RequestOutput", "SamplingParams", "TokenSelect"]
 
 _HOMES = {
-    "Fasa": "weaveinf.selectors.fasa",
-    "LLM": "weaveinf.llm",
-    "Hisa": "weaveinf.selectors.hisa",
-    "LazyLlm": "weaveinf.selectors.lazyllm",
-    "Quest": "weaveinf.selectors.quest",
-    "RequestOutput": "weaveinf.engine.request",
-    "SamplingParams": "weaveinf.engine.request",
-    "TokenSelect": "weaveinf.selectors.tokenselect",
+    "engine.request": ("RequestOutput", "SamplingParams"),
+    "llm": ("LLM",),
+    "selectors.registry": ("Fasa", "Hisa", "LazyLlm", "Quest", "TokenSelect"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch only when something is used, so that `weaveinf --help` is instant."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"weaveinf.{home}"), name)
     raise AttributeError(f"module 'weaveinf' has no attribute {name!r}")

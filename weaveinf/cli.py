@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -133,31 +134,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The engine's settings among the arguments."""
+    from weaveinf.config import EngineConfig  # not for --help, which shall be instant
+
     names = {"tp": "tensor_parallel_size"}
     chosen = {names.get(name, name): value for name, value in vars(args).items()}
     # Under torchrun the ranks are there already.
     if chosen["tensor_parallel_size"] is None:
         chosen["tensor_parallel_size"] = int(os.environ.get("WORLD_SIZE", "1"))
-    return {name: chosen[name] for name in _SETTINGS if chosen.get(name) is not None}
-
-
-_SETTINGS = (
-    "model",
-    "tensor_parallel_size",
-    "device",
-    "dtype",
-    "weave",
-    "selector",
-    "index_keys",
-    "max_model_len",
-    "seed",
-    "revision",
-    "load_format",
-    "kv_cache_gib",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "trace",
-)
+    return {one.name: chosen[one.name] for one in fields(EngineConfig) if chosen.get(one.name) is not None}
 
 
 class _Parser(argparse.ArgumentParser):

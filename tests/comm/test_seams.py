@@ -64,15 +64,7 @@ class Oracle:
         out[:rows] = parts[self.ranks.rank]
         self.residual = self.residual.clone() if kept is None else self.residual[kept]
         self.expected = torch.empty_like(self.residual)
-        add_rms_norm_reference(
-            parts,
-            self.residual,
-            joint.weight,
-            joint.eps,
-            joint.weight_offset,
-            joint.residual_scale,
-            self.expected,
-        )
+        add_rms_norm_reference(parts, self.residual, joint, self.expected)
         self.starts += 1
         self.seam.start(joint, kept, self.seam.ctas[self.starts % len(self.seam.ctas)])
 

@@ -22,7 +22,7 @@ from weaveinf.engine.request import SamplingParams
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import fingerprint
 from weaveinf.selectors.fasa import save
-from weaveinf.selectors.selector import Segment, Tokens, TokensOfHeads
+from weaveinf.selectors.segments import Segment, Tokens, TokensOfHeads
 
 LENGTH = 10
 GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)

@@ -99,7 +99,7 @@ def of_a_process(rank: int, size: int, path: str) -> None:
             rows = left
             parts = [torch.randn(left, 1024, generator=random).bfloat16() for _ in range(size)]
             want = torch.empty_like(residual)
-            add_rms_norm_reference(parts, residual, joint.weight.cpu(), 1e-5, 0.0, 1.0, want)
+            add_rms_norm_reference(parts, residual, Joint(joint.weight.cpu(), 1e-5), want)
             seam.partial()[:left] = parts[rank].to(device)
             seam.start(joint, None if kept is None else kept.to(device))
             torch.testing.assert_close(seam.finish().cpu(), want, rtol=2**-7, atol=1e-6)

@@ -11,7 +11,7 @@ import torch
 
 from tests.ops.triton_checks import CASES
 from weaveinf.ops import flash_attention
-from weaveinf.ops.attention import paged_attention, paged_attention_reference
+from weaveinf.ops.attention import Paged, paged_attention, paged_attention_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -33,7 +33,7 @@ def test_attention_replays_in_a_graph(rows: int) -> None:
     starts = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
     q = torch.randn(rows, heads, 128, device="cuda", dtype=torch.bfloat16)
     positions = torch.arange(rows, dtype=torch.int32, device="cuda")
-    arguments = (q, keys, values, table, starts, positions, 128**-0.5)
+    arguments = (q, (keys, values), Paged(table, starts, positions), 128**-0.5)
     out = paged_attention(*arguments)  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -57,6 +57,7 @@ def test_flash_attention_agrees(rows: int, window: int | None) -> None:
     q = torch.randn(2 * rows, 8, 128, device="cuda", dtype=torch.bfloat16)
     positions = torch.cat([torch.arange(n - rows, n, device="cuda") for n in (2000, 900)]).int()
     out = torch.full_like(q, torch.nan)
-    flash_attention.paged_attention(q, keys, values, table, starts, 128**-0.5, window, out, lengths)
-    want = paged_attention_reference(q, keys, values, table, starts, positions, 128**-0.5, window)
+    arguments = (q, (keys, values), Paged(table, starts, positions, lengths), 128**-0.5, window)
+    flash_attention.paged_attention(*arguments, out)
+    want = paged_attention_reference(*arguments)
     torch.testing.assert_close(out, want, atol=1.6e-2, rtol=1.6e-2)

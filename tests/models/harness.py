@@ -156,14 +156,6 @@ class Lockstep:
                 outs = [out[: len(kept)] for out in outs]
             joint = links[0][1]
             x = torch.empty_like(residual)
-            add_rms_norm(
-                outs,
-                residual,
-                joint.weight,
-                joint.eps,
-                joint.weight_offset,
-                joint.residual_scale,
-                x,
-            )
+            add_rms_norm(outs, residual, joint, x)
         assert x is not None
         return torch.cat([model.head(x) for model in self.models], dim=1)

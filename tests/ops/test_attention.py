@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
-from weaveinf.ops.attention import paged_attention, paged_attention_reference
+from weaveinf.ops.attention import Paged, paged_attention, paged_attention_reference
 
 # (positions of each sequence's rows): decode, prefill, chunks, gaps, nothing at all, mixed.
 DECODE = [[0], [5], [1700], [63], [64]]
@@ -64,16 +64,14 @@ class Case:
         """The reference reads whole pages, up to the last row: they get numbers."""
         pools = (pool.nan_to_num() for pool in self.pools)
         table = self.table.where(self.table != NOWHERE, 0)
-        return paged_attention_reference(
-            self.q, *pools, table, self.starts, self.positions, self.scale, self.window
-        )
+        paged = Paged(table, self.starts, self.positions)
+        return paged_attention_reference(self.q, tuple(pools), paged, self.scale, self.window)
 
     def got(self) -> Tensor:
         out = poisoned(len(self.q), self.heads + 2, self.q.shape[2], dtype=self.q.dtype)
         view = out[:, : self.heads]
-        result = paged_attention(
-            self.q, *self.pools, self.table, self.starts, self.positions, self.scale, self.window, view
-        )
+        paged = Paged(self.table, self.starts, self.positions)
+        result = paged_attention(self.q, tuple(self.pools), paged, self.scale, self.window, view)
         assert result is view
         assert out[:, self.heads :].isnan().all()
         return view
@@ -176,17 +174,17 @@ def test_no_rows_and_no_sequences() -> None:
     assert case.got().shape == (0, 4, 16)
     case = Case([[3]], (4, 2, 16, 8), torch.float32)
     none = torch.zeros(1, dtype=torch.int32)
-    args = (case.q[:0], *case.pools, case.table[:0], none, none[:0], 1.0)
-    assert paged_attention(*args).shape == (0, 4, 16)
+    paged = Paged(case.table[:0], none, none[:0])
+    assert paged_attention(case.q[:0], tuple(case.pools), paged, 1.0).shape == (0, 4, 16)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 def test_an_output_of_its_own_has_the_dtype_of_q(dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     case = Case([[7], [1, 2]], (4, 2, 16, 8), dtype)
-    pools = [pool.nan_to_num() for pool in case.pools]
-    table = case.table.where(case.table != NOWHERE, 0)
-    got = paged_attention(case.q, *pools, table, case.starts, case.positions, case.scale)
+    pools = tuple(pool.nan_to_num() for pool in case.pools)
+    paged = Paged(case.table.where(case.table != NOWHERE, 0), case.starts, case.positions)
+    got = paged_attention(case.q, pools, paged, case.scale)
     assert got.dtype == dtype and got.is_contiguous()
     case.close(got, case.want())
 

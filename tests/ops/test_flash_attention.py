@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.ops.test_attention import Case
 from weaveinf.ops import flash_attention
+from weaveinf.ops.attention import Paged
 
 
 def stand_in(
@@ -53,5 +54,6 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     assert not flash_attention.takes(q.float())
     out = torch.full_like(q, torch.nan)
     table = case.table.where(case.table < len(case.pools[0]), 0).clamp(min=0)
-    flash_attention.paged_attention(q, *case.pools, table, case.starts, case.scale, window, out, lengths)
+    paged = Paged(table, case.starts, case.positions, lengths)
+    flash_attention.paged_attention(q, tuple(case.pools), paged, case.scale, window, out)
     case.close(out, case.want())

@@ -8,7 +8,7 @@ import torch
 from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from weaveinf.ops.activation import silu_mul, silu_mul_reference
 from weaveinf.ops.embedding import embed, embed_reference, zero_
-from weaveinf.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from weaveinf.ops.norm import Joint, add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from weaveinf.ops.rope import rope_, rope_reference_, write_kv, write_kv_reference
 from weaveinf.ops.sampling import draw, draw_reference, gumbel
 
@@ -59,9 +59,10 @@ def test_add_rms_norm(
     partials = [torch.randn(rows, dim).to(dtype) for _ in range(ranks)]
     residual, weight = torch.randn(rows, dim).to(dtype), torch.randn(dim).to(dtype)
     wanted, want = residual.clone(), poisoned(rows, dim, dtype=dtype)
-    add_rms_norm_reference(partials, wanted, weight, 1e-5, 0.5, 0.25, want)
+    joint = Joint(weight, 1e-5, 0.5, 0.25)
+    add_rms_norm_reference(partials, wanted, joint, want)
     out = poisoned(rows, dim, dtype=dtype)
-    add_rms_norm(partials, residual, weight, 1e-5, 0.5, 0.25, out)
+    add_rms_norm(partials, residual, joint, out)
     if rows:
         # A fused multiply-add may round the other way where two sums are one unit apart.
         close(residual, wanted, 1.0)

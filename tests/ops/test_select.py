@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.ops.builds import BUILDS, DTYPES, close, needs_kernels, poisoned, use
 from weaveinf.ops import native, select
-from weaveinf.ops.attention import paged_attention_reference
+from weaveinf.ops.attention import Paged, paged_attention_reference
 
 # (query heads, KV heads, head size, page size)
 SHAPES = [(4, 1, 64, 16), (8, 8, 32, 5), (14, 2, 128, 16), (16, 1, 80, 32), (12, 4, 96, 1), (3, 3, 16, 3)]
@@ -152,8 +152,9 @@ def test_all_tokens_are_dense_attention() -> None:
     positions = torch.tensor([127, 128, 129], dtype=torch.int32)
     starts = torch.tensor([0, 3], dtype=torch.int32)
     slots = select.places(torch.arange(130, dtype=torch.int32)[None, None], table, 16)[0]
-    got = select.attend(q, pool, values, slots, starts, positions, 0.2, torch.full_like(q, torch.nan))
-    want = paged_attention_reference(q, pool, values, table, starts, positions, 0.2)
+    chosen = Paged(slots, starts, positions)
+    got = select.attend(q, pool, values, chosen, 0.2, torch.full_like(q, torch.nan))
+    want = paged_attention_reference(q, (pool, values), Paged(table, starts, positions), 0.2)
     close(got, want, 8, 4.0)
 
 

@@ -21,10 +21,10 @@ from tests.comm.cuda import world
 from tests.comm.cuda.world import World
 from weaveinf.ops import select
 from weaveinf.ops.activation import silu_mul_reference
-from weaveinf.ops.attention import paged_attention_reference
+from weaveinf.ops.attention import Paged, paged_attention_reference
 from weaveinf.ops.index import FP8, IndexKeys, quantize, scores_reference
 from weaveinf.ops.moe import moe_reference, route
-from weaveinf.ops.norm import add_rms_norm_reference, rms_norm_reference
+from weaveinf.ops.norm import Joint, add_rms_norm_reference, rms_norm_reference
 from weaveinf.ops.rope import rope_reference_, write_kv_reference
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -64,9 +64,10 @@ def check_add_rms_norm(device: str, dtype: torch.dtype) -> None:
         residual = torch.randn(rows, width, device=device).to(dtype)
         weight = torch.randn(width, device=device).to(dtype)
         want_residual, want = residual.clone(), torch.empty_like(residual)
-        add_rms_norm_reference(partials, want_residual, weight, 1e-6, 0.0, 0.5, want)
+        joint = Joint(weight, 1e-6, 0.0, 0.5)
+        add_rms_norm_reference(partials, want_residual, joint, want)
         out = torch.full_like(residual, torch.nan)
-        assert kernels.add_rms_norm(partials, residual, weight, 1e-6, 0.0, 0.5, out) is out
+        assert kernels.add_rms_norm(partials, residual, joint, out) is out
         close(residual, want_residual)
         close(out, want)
 
@@ -153,7 +154,7 @@ def check_attention(
     heads = kv_heads * group
     fused = torch.randn(len(where), heads + 3, head_dim, device=device).to(dtype)
     held = torch.full((len(where) + 2, heads, head_dim), torch.nan, dtype=dtype, device=device)
-    arguments = (keys, values, table.to(device), starts, where, head_dim**-0.5, window)
+    arguments = ((keys, values), Paged(table.to(device), starts, where), head_dim**-0.5, window)
     q = fused[:, :heads]
     want = paged_attention_reference(q, *arguments)
     kernels.paged_attention(q, *arguments, out=held[:-2])
@@ -221,7 +222,7 @@ def check_seam_keeps(device: str, dtype: torch.dtype, ranks: int, rows: int, kep
     residual = torch.zeros(kept_rows, 48, dtype=dtype, device=device)
     want = torch.empty_like(residual)
     for parts in ([part[kept] for part in first], second):
-        add_rms_norm_reference(parts, residual, weight, 1e-5, 0.5, 0.75, want)
+        add_rms_norm_reference(parts, residual, Joint(weight, 1e-5, 0.5, 0.75), want)
     for x in xs:
         close(x, want)
 

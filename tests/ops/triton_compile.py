@@ -19,7 +19,9 @@ from triton.runtime.jit import JITFunction
 from weaveinf.comm.symmetric import Call
 from weaveinf.comm.triton_seam import TritonSeam
 from weaveinf.ops import triton_attention, triton_elementwise, triton_moe, triton_select
+from weaveinf.ops.attention import Paged
 from weaveinf.ops.index import FP8
+from weaveinf.ops.norm import Joint
 
 
 class Hopper:
@@ -53,11 +55,8 @@ def attention(dtype: torch.dtype, rows: int, seqs: int, window: int | None) -> N
     pools = torch.zeros(2, 4, 16, 2, 128, dtype=dtype)
     triton_attention.paged_attention(
         torch.zeros(rows, 20, 128, dtype=dtype)[:, :16],
-        pools[0],
-        pools[1],
-        torch.zeros(seqs, 512, dtype=torch.int32),
-        torch.zeros(seqs + 1, dtype=torch.int32),
-        torch.zeros(rows, dtype=torch.int32),
+        (pools[0], pools[1]),
+        Paged(*(torch.zeros(*shape, dtype=torch.int32) for shape in ((seqs, 512), (seqs + 1,), (rows,)))),
         128**-0.5,
         window,
     )
@@ -68,7 +67,7 @@ def latents(dtype: torch.dtype, heads: int) -> None:
     pool = torch.zeros(64, 1, 1, 576, dtype=dtype)
     table, starts = torch.zeros(8, 2048, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
     q = torch.zeros(8, heads, 576, dtype=dtype)
-    triton_attention.paged_attention(q, pool, pool, table, starts, starts[:8], 576**-0.5)
+    triton_attention.paged_attention(q, (pool, pool), Paged(table, starts, starts[:8]), 576**-0.5)
 
 
 def elementwise(dtype: torch.dtype) -> None:
@@ -79,7 +78,7 @@ def elementwise(dtype: torch.dtype) -> None:
     triton_elementwise.rms_norm(qkv[:, :16], weight[:128], 1e-6)
     for ranks in (1, 4):
         partials = list(hidden[:ranks])
-        triton_elementwise.add_rms_norm(partials, hidden[4], weight, 1e-5, 0.0, 1.0, hidden[5])
+        triton_elementwise.add_rms_norm(partials, hidden[4], Joint(weight, 1e-5), hidden[5])
     positions = torch.zeros(8, dtype=torch.int32)
     triton_elementwise.rope_(qkv[:, :16], torch.zeros(64, 128), positions)
     pools = torch.zeros(2, 4, 16, 2, 128, dtype=dtype)

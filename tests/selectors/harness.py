@@ -11,7 +11,8 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
-from weaveinf.selectors.selector import Heads, Segment, Selector, Settings, Tokens, TokensOfHeads
+from weaveinf.selectors.segments import Segment, Tokens, TokensOfHeads
+from weaveinf.selectors.selector import Heads, Selector, Settings
 
 PAGE = 16
 HEADS, KV_HEADS, DIM, LAYERS = 8, 4, 32, 3

@@ -15,14 +15,16 @@ from tests.selectors.harness import CPU, DIM, HEADS, KV_HEADS, LAYERS, MODEL, PA
 from tests.selectors.test_selectors import table
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
+from weaveinf.ops.attention import Paged, Pair
 from weaveinf.ops.index import IndexKeys
 from weaveinf.ops.select import Where
-from weaveinf.selectors import selector, tokenselect
+from weaveinf.selectors import segments, tokenselect
 from weaveinf.selectors.fasa import Fasa
 from weaveinf.selectors.hisa import STAGED, Hisa
 from weaveinf.selectors.lazyllm import LazyLlm
 from weaveinf.selectors.quest import Quest
-from weaveinf.selectors.selector import Heads, Index, RowFacts, Segment, segments
+from weaveinf.selectors.segments import RowFacts, Segment
+from weaveinf.selectors.selector import Heads, Index
 from weaveinf.selectors.tokenselect import TokenSelect
 
 META = torch.device("meta")
@@ -78,8 +80,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         there(q, weights, keys.values, *given)
         return torch.empty(len(q), given[2], device=META)
 
-    def attention(*given: Any, out: Tensor) -> Tensor:
-        there(*given, out)
+    def attention(q: Tensor, pools: Pair, paged: Paged, scale: float, *, out: Tensor) -> Tensor:
+        there(q, *pools, *paged, out)
         return out
 
     monkeypatch.setattr(select, "votes", votes)
@@ -94,7 +96,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return x
 
     monkeypatch.setattr(tokenselect, "rope_", turned)
-    for module in (select, selector):
+    for module in (select, segments):
         monkeypatch.setattr(module, "paged_attention", attention)
 
 
@@ -147,8 +149,8 @@ def test_hisa_waits_for_nothing() -> None:
     keys = IndexKeys(torch.empty(cached.num_pages, PAGE, 16, device=META))
     batch = cached.batch(ROWS).to(META)
     part.write_index(0, keys, batch)
-    facts = RowFacts.of(batch, part.budgets)
-    for segment in segments(batch, facts, part.kinds(facts)):
+    facts = RowFacts.of(batch, part.budgets.of_slot)
+    for segment in segments.segments(batch, facts, part.kinds(facts)):
         count = segment.rows.stop - segment.rows.start
         q, weights = torch.empty(count, 3, 16, device=META), torch.empty(count, 3, device=META)
         rows = segment.per_row

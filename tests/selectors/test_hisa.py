@@ -19,7 +19,8 @@ from weaveinf.engine.worker import Worker
 from weaveinf.ops import index
 from weaveinf.ops.index import IndexKeys
 from weaveinf.selectors.hisa import STAGED, Hisa, HisaSelector
-from weaveinf.selectors.selector import Heads, Index, RowFacts, segments
+from weaveinf.selectors.segments import RowFacts, segments
+from weaveinf.selectors.selector import Heads, Index
 
 PAGE, DIM, INDEX_HEADS, TOP_K = 16, 8, 6, 20
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ class Cached:
 
     def check(self, batch: Batch, sequences: list[int], settings: Hisa) -> int:
         """Every row that looks at blocks first chooses by definition; returns how many such rows it had."""
-        facts = RowFacts.of(batch, self.selector.budgets)
+        facts = RowFacts.of(batch, self.selector.budgets.of_slot)
         staged = self.selector.kinds(facts)
         q, weights = torch.randn(len(staged), INDEX_HEADS, DIM), torch.randn(len(staged), INDEX_HEADS)
         found = [s for s in segments(batch, facts, staged) if s.kind == STAGED]
@@ -124,7 +125,7 @@ def test_as_many_blocks_as_there_are_choose_as_the_indexer_alone() -> None:
     # A row behind them, if it may look into all of its blocks, too.
     cached.selector.budgets.of_slot[0] = 16
     batch = cached.write((0, 1))
-    facts = RowFacts.of(batch, cached.selector.budgets)
+    facts = RowFacts.of(batch, cached.selector.budgets.of_slot)
     facts.budget[:] = 160
     (segment,) = segments(batch, facts, np.array([STAGED]))
     q, weights = torch.randn(1, INDEX_HEADS, DIM), torch.randn(1, INDEX_HEADS)

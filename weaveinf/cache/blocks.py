@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 import numpy as np
 
@@ -72,13 +73,7 @@ class BlockAllocator:
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """The published pages of the longest known beginning of `hashes`; takes no hold."""
-        pages = []
-        for page_hash in hashes:
-            page = self._page_of.get(page_hash)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+        return [self._page_of[known] for known in takewhile(self._page_of.__contains__, hashes)]
 
     def num_resting(self, pages: Iterable[int]) -> int:
         """How many of `pages` count as free now and no longer do once held."""

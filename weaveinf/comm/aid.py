@@ -40,9 +40,7 @@ class _Job(ctypes.Structure):
     """A rank's product of m rows; `next` counts its tiles that were taken. x and the weight [n, k] lie at
     offsets of the shared segment, out at an offset of a seam's, its rows `stride` elements apart."""
 
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("next", "weight", "n", "k", "x", "m", "seam", "out", "stride")
-    ]
+    _fields_ = native.fields("int64 next weight n k x m seam out stride")
 
 
 def aid(ranks: Ranks, max_rows: int, weights: Sequence[PackedWeight], seams: Sequence[Seam]) -> Aid | None:
@@ -147,17 +145,10 @@ class Aid:
     def _work(self, job: _Job) -> None:
         """Computes tiles until none is left."""
         memory = self._memory.address
+        out = self._seams[job.seam][0] + job.out
         self._tiles(
-            ctypes.addressof(job),
-            memory + job.weight,
-            job.n,
-            job.k,
-            native.DTYPES[self._dtype],
-            memory + job.x,
-            job.m,
-            self._seams[job.seam][0] + job.out,
-            job.stride,
-            torch.get_num_threads(),
+            *(ctypes.addressof(job), memory + job.weight, job.n, job.k, native.DTYPES[self._dtype]),
+            *(memory + job.x, job.m, out, job.stride, torch.get_num_threads()),
         )
 
     def close(self) -> None:

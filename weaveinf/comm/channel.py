@@ -16,6 +16,7 @@ from weaveinf.comm import segment
 from weaveinf.comm.errors import RankDied
 from weaveinf.comm.segment import SILENT, Group, Segment, check
 from weaveinf.comm.waits import Backend, blamed, wait_for
+from weaveinf.ops.native import fields
 
 _LOOK_S = 0.2
 """A receiver comes back to Python this often, so that signals are handled."""
@@ -42,12 +43,7 @@ class Channel(Protocol):
 class _State(ctypes.Structure):
     """struct Channel of shm.cpp."""
 
-    _fields_ = [
-        ("group", Group),
-        ("ring", ctypes.c_void_p),
-        ("words", ctypes.c_int64),
-        ("at", ctypes.c_uint64),
-    ]
+    _fields_ = [("group", Group), *fields("void_p ring, int64 words, uint64 at")]
 
 
 class SharedChannel:

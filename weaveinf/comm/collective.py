@@ -171,14 +171,15 @@ class CollectiveSeam:
                 words += [word for t in ways for word in (t.data_ptr(), t.nbytes)]
         return (ctypes.c_int64 * len(words))(*words), held
 
+    def _part(self, at: int, span: tuple[int, int]) -> slice:
+        """Rows `at` and on of a span, as many as go at once."""
+        return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
+
     def _cut(self, rows: int) -> list[_Chunk]:
         shares, me = self._shares(rows), self._ranks.rank
         first, last = shares[me]
 
-        def part(at: int, span: tuple[int, int]) -> slice:
-            return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
-
-        chunks = []
+        chunks, part = [], self._part
         for at in range(0, max(b - a for a, b in shares), self._chunk):
             mine, own = part(at, (first, last)), part(at, (0, last - first))
             sums = [self._inbox[r][own] for r in range(len(shares))]
@@ -199,15 +200,7 @@ class CollectiveSeam:
     def _add_and_norm(self, joint: Joint, parts: Sequence[Tensor], own: slice, x: Tensor) -> None:
         """Rows `own` of the residual, and x of them."""
         if len(x):
-            add_rms_norm(
-                parts,
-                self._residual[own],
-                joint.weight,
-                joint.eps,
-                joint.weight_offset,
-                joint.residual_scale,
-                x,
-            )
+            add_rms_norm(parts, self._residual[own], joint, x)
 
     def _move(self, kept: Tensor, before: int, rows: int) -> Iterator[Transfers]:
         """Brings the residual of the kept rows to the ranks whose shares they now are."""

@@ -14,7 +14,6 @@ float32 in host order. So a row's result does not depend on who computes it, nor
 from __future__ import annotations
 
 import ctypes
-import errno
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +25,7 @@ from weaveinf.comm.errors import RankDied
 from weaveinf.comm.progress import Transfers, Waits
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
-from weaveinf.comm.segment import BLAMED, LINE, Segment, check, pages, share
+from weaveinf.comm.segment import BLAMED, LINE, check, pages, share
 from weaveinf.comm.wire import Transfer
 
 
@@ -57,7 +56,9 @@ class HierarchicalSeam(CollectiveSeam):
         at = [pages(len(self._here) * LINE)]
         for shape in shapes:
             at.append(at[-1] + pages(torch.Size(shape).numel() * dtype.itemsize))
-        self._segment = seg = _share_on_all(ranks, at[-1], self._here, self._place)
+        self._segment = seg = share(
+            at[-1], self._place, lambda words: ranks.agree(words, self._here), ranks.agree
+        )
         planes = (seg.tensor(offset, shape, dtype) for offset, shape in zip(at, shapes, strict=False))
         self._partials, self._shared_x, self._sums = planes
         self._partial, self._x = self._partials[self._place], self._shared_x
@@ -103,9 +104,7 @@ class HierarchicalSeam(CollectiveSeam):
         hosts = range(len(spans))
         starts = range(0, max(b - a for a, b in spans), self._chunk)
 
-        def chunk(at: int, span: tuple[int, int]) -> slice:
-            return slice(min(span[0] + at, span[1]), min(span[0] + at + self._chunk, span[1]))
-
+        chunk = self._part
         sums = []
         for at in starts:
             pieces = [chunk(at, span) for span in spans]
@@ -166,21 +165,3 @@ def _sum(parts: Tensor, out: Tensor) -> None:
     for part in parts[1:]:
         total += part
     out.copy_(total)
-
-
-def _share_on_all(ranks: Ranks, size: int, here: Sequence[int], place: int) -> Segment:
-    """One segment a host. OSError on all ranks of all hosts when one of them fails."""
-    mine: Segment | None = None
-    said = ""
-    try:
-        mine = share(size, place, lambda words: ranks.agree(words, here))
-    except TimeoutError:
-        raise
-    except OSError as error:
-        said = error.strerror or str(error)
-    failures = [f"rank {rank}: {words}" for rank, words in enumerate(ranks.agree(said)) if words]
-    if failures or mine is None:
-        if mine is not None:
-            mine.close()
-        raise OSError(errno.EIO, failures[0])
-    return mine

@@ -45,15 +45,7 @@ class LocalSeam:
             self._residual[: len(kept)] = self._residual[: self._rows].index_select(0, kept)
             self._rows = len(kept)
         n = self._rows
-        add_rms_norm(
-            [self._partial[:n]],
-            self._residual[:n],
-            joint.weight,
-            joint.eps,
-            joint.weight_offset,
-            joint.residual_scale,
-            self._x[:n],
-        )
+        add_rms_norm([self._partial[:n]], self._residual[:n], joint, self._x[:n])
         self.ran = began, time.monotonic()
 
     def finish(self) -> Tensor:

@@ -68,13 +68,7 @@ class Job:
 class _Outcome(ctypes.Structure):
     """struct Outcome of streams.cpp. error: errno, or -1 where a peer closed its connection."""
 
-    _fields_ = [
-        ("began", ctypes.c_double),
-        ("ended", ctypes.c_double),
-        ("kind", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("error", ctypes.c_int64),
-    ]
+    _fields_ = native.fields("double began ended, int64 kind rank error")
 
     def problem(self) -> BaseException | None:
         """What went wrong; None for nothing."""
@@ -154,10 +148,9 @@ class Progress:
         that points to."""
         self._start()
         assert segment.lib is not None and native.lib is not None
-        weight, kernel = joint.weight.data_ptr(), native.lib.weave_add_rms_norm.address
-        varied = joint.eps, joint.weight_offset, joint.residual_scale
-        submit = segment.lib.weaveinf_streams_submit
-        job = Sum(self, submit(self.engine, plan, kernel, weight, *varied), (joint, held))
+        where = self.engine, plan, native.lib.weave_add_rms_norm.address, joint.weight.data_ptr()
+        handle = segment.lib.weaveinf_streams_submit(*where, *joint.varied)
+        job = Sum(self, handle, (joint, held))
         self._sums.add(job)
         return job
 

@@ -119,13 +119,12 @@ class Ranks:
         if self.segment is not None and self.device.type == "cpu":
             self.votes = SharedVotes(self.segment, 2 * lines, 0, self.size, self.silence_s)
         else:
-            votes = self.group("votes", self.device.type, timedelta(seconds=self.silence_s))
-            self.votes = GlooVotes(votes, self.size, self.device)
+            self.votes = GlooVotes(self.group("votes", self.device.type, silence), self.size, self.device)
         if self.segment is not None:
             self.control = SharedChannel(self.segment, 2 * lines + words, lines, self.size, self.silence_s)
         else:
-            control = self.group("control", "cpu", _IDLE)
-            self.control = GlooChannel(control, self.rank, self.size, self.silence_s)
+            gloo = self.group("control", "cpu", _IDLE)
+            self.control = GlooChannel(gloo, self.rank, self.size, self.silence_s)
         self.agree("connected")
 
     def group(self, name: str, device: str, timeout: timedelta) -> Backend:
@@ -267,18 +266,13 @@ def _find_hosts(ranks: Ranks) -> tuple[tuple[int, ...], ...]:
     leader = places.index(places[ranks.rank])
     mine: Segment | None = None
     proof = secrets.token_hex(8)
-    said = ""
     try:
         if leader == ranks.rank and places.count(places[ranks.rank]) > 1:
-            try:
-                mine = Segment(PAGE, ranks.rank)
-                mine.tensor(0, (16,), torch.uint8).copy_(
-                    torch.tensor(list(proof.encode()), dtype=torch.uint8)
-                )
-                said = mine.name
-            except OSError:
-                said = ""
-        names = ranks.agree(said)
+            mine, _ = segment.attempt(PAGE, ranks.rank)
+        if mine is not None:
+            written = torch.tensor(list(proof.encode()), dtype=torch.uint8)
+            mine.tensor(0, (16,), torch.uint8).copy_(written)
+        names = ranks.agree(mine.name if mine else "")
         answers = ranks.agree(proof if leader == ranks.rank else _read_proof(names[leader], ranks.rank))
     finally:
         if mine is not None:
@@ -304,11 +298,8 @@ def _place() -> str:
 
 def _read_proof(name: str, rank: int) -> str:
     """What the host's first rank wrote into its segment, or "" when it cannot be mapped."""
-    if not name:
-        return ""
-    try:
-        theirs = Segment(PAGE, rank, name)
-    except OSError:
+    theirs, _ = segment.attempt(PAGE, rank, name) if name else (None, "")
+    if theirs is None:
         return ""
     value = bytes(theirs.tensor(0, (16,), torch.uint8).tolist()).decode()
     theirs.close()

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Joint:
-    """The norm that follows a block: weight [hidden], of the model's dtype, and what the families vary.
-
-    residual = round(residual + residual_scale * sum of partials);
-    x = round(residual / sqrt(mean(residual^2) + eps) * (weight + weight_offset)), all in float32.
-    """
-
-    weight: Tensor
-    eps: float
-    weight_offset: float = 0.0
-    residual_scale: float = 1.0
+from weaveinf.ops.norm import Joint
 
 
 class Seam(Protocol):

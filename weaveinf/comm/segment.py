@@ -17,6 +17,7 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from weaveinf.comm.errors import RankDied
 from weaveinf.ops import large
-from weaveinf.ops.native import DIRECTORY
+from weaveinf.ops.native import DIRECTORY, fields
 
 SHM = Path("/dev/shm")
 MAX_RANKS = 8
@@ -41,26 +42,20 @@ _mmap = ctypes.CDLL(None, use_errno=True).mmap
 _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
 
+Agree = Callable[[str], list[str]]
+
 SILENCE_S = 300.0
 """How long a living peer may stay silent before a wait gives up."""
 
-_P, _I64, _I32, _U64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint64
+_P, _I64, _U64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 
 
 class Group(ctypes.Structure):
     """struct Group of shm.cpp: who meets where."""
 
-    _fields_ = [
-        ("lines", _P),
-        ("blame", _P),
-        ("deadline_ns", _I64),
-        ("epoch", _U64),
-        ("rank", _I32),
-        ("size", _I32),
-        ("fd", _I32),
-        ("broken", _I32),
-        ("crowded", _I32),
-    ]
+    _fields_ = fields(
+        "void_p lines blame, int64 deadline_ns, uint64 epoch, int32 rank size fd broken crowded"
+    )
 
     def leave(self) -> None:
         """Every later call with it tells of this rank's end, as if it had died."""
@@ -182,10 +177,7 @@ class Segment:
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A view of the mapping, from `offset` bytes on. It keeps the mapping alive."""
-        count = 1
-        for extent in shape:
-            count *= extent
-        if count == 0:
+        if (count := prod(shape)) == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + offset).view(shape)
 
@@ -221,38 +213,40 @@ class Segment:
             self.fd = -1
 
 
-def share(size: int, rank: int, agree: Callable[[str], list[str]], *, sparse: bool = False) -> Segment:
-    """Makes one segment for all ranks (0 to n-1, one host); every rank calls it.
+def attempt(
+    size: int, rank: int, name: str | None = None, sparse: bool = False
+) -> tuple[Segment | None, str]:
+    """A segment, or why there is none."""
+    try:
+        return Segment(size, rank, name, sparse=sparse), ""
+    except OSError as error:
+        return None, error.strerror or str(error)
 
-    `agree(words)` gives every rank the words of all ranks, in rank order. OSError on all ranks when
-    one of them fails.
+
+def share(
+    size: int, rank: int, agree: Agree, all_agree: Agree | None = None, sparse: bool = False
+) -> Segment:
+    """Makes one segment for all ranks of a host (0 to n-1); every rank calls it.
+
+    `agree(words)` gives every rank the words of all ranks of the host, in rank order; `all_agree` those of
+    the ranks of all hosts, which make segments of their own. OSError on all ranks when one of them fails.
     """
-    segment: Segment | None = None
-    said = ""
     agree("")  # all are here: the name lives for milliseconds
+    mine, said = None, ""
     try:
         if rank == 0:
-            try:
-                segment = Segment(size, 0, sparse=sparse)
-                said = segment.name
-            except OSError as error:
-                said = f"!{error.strerror}"
-        name = agree(said)[0]
-        if name.startswith("!"):
-            raise OSError(errno.ENOSPC, name[1:])
-        said = ""
-        if rank != 0:
-            try:
-                segment = Segment(size, rank, name, sparse=sparse)
-            except OSError as error:
-                said = f"rank {rank} cannot map the segment of rank 0: {error.strerror}"
-        failures = [words for words in agree(said) if words]
-        if failures or segment is None:
+            mine, said = attempt(size, 0, None, sparse)
+        name = agree(mine.name if mine else "")[0]
+        if rank != 0 and name:
+            mine, said = attempt(size, rank, name, sparse)
+            said = said and f"rank {rank} cannot map the segment of rank 0: {said}"
+        failures = [words for words in (all_agree or agree)(said) if words]
+        if failures or mine is None:
             raise OSError(errno.EIO, failures[0])
-        segment.unlink()
-        return segment
+        mine.unlink()
+        return mine
     except BaseException:
-        if segment is not None:
-            segment.unlink()
-            segment.close()
+        if mine is not None:
+            mine.unlink()
+            mine.close()
         raise

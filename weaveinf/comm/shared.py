@@ -17,26 +17,14 @@ from weaveinf.ops.tape import Kernel
 
 _KEPT_VIEWS = 256
 
-_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-
 
 class _State(ctypes.Structure):
     """struct Seam of shm.cpp."""
 
     _fields_ = [
         ("group", Group),
-        ("norm", _P),
-        ("partials", _P),
-        ("residuals", _P),
-        ("x", _P),
-        ("max_rows", _I64),
-        ("hidden", _I64),
-        ("rows", _I64),
-        ("dtype", _I32),
-        ("item", _I32),
-        ("threads", _I32),
-        ("side", _I32),
-        ("fresh", _I32),
+        *native.fields("void_p norm partials residuals x, int64 max_rows hidden rows"),
+        *native.fields("int32 dtype item threads side fresh"),
     ]
 
 
@@ -118,16 +106,7 @@ class SharedSeam:
         else:
             kept = kept.contiguous()
             where, rows = kept.data_ptr(), kept.numel()
-        code = self._start(
-            self._address,
-            where,
-            rows,
-            joint.weight.data_ptr(),
-            joint.eps,
-            joint.weight_offset,
-            joint.residual_scale,
-        )
-        check(code, "a seam")
+        check(self._start(self._address, where, rows, joint.weight.data_ptr(), *joint.varied), "a seam")
         self._rows = rows
 
     def finish(self) -> Tensor:

@@ -20,6 +20,7 @@ from weaveinf.comm.progress import Job, Waits
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, share_of
 from weaveinf.ops import cuda
+from weaveinf.ops.native import fields
 
 ALONE = 16
 """CTAs of a seam with nothing beside it, each on an SM of its own; more gain the published kernel nothing."""
@@ -39,16 +40,11 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         ("buffers", ctypes.c_void_p * 8),
-        *((name, ctypes.c_void_p) for name in ("multicast", "weight", "kept")),
+        *fields("void_p multicast weight kept"),
         ("epochs", ctypes.c_void_p * 8),
-        *((name, ctypes.c_void_p) for name in ("failed", "said")),
-        *((name, ctypes.c_uint64) for name in ("patience_ns", "lasts_ns")),
-        *(
-            (f"{name}_at", ctypes.c_int64)
-            for name in ("partial", "x", "scales", "pads", "residual", "old_residual")
-        ),
-        *((name, ctypes.c_int32) for name in ("rank", "rows", "old_rows", "fresh")),
-        *((name, ctypes.c_float) for name in ("eps", "offset", "scale")),
+        *fields("void_p failed said, uint64 patience_ns lasts_ns"),
+        *fields("int64 partial_at x_at scales_at pads_at residual_at old_residual_at"),
+        *fields("int32 rank rows old_rows fresh, float eps offset scale"),
     ]
 
 
@@ -165,13 +161,8 @@ class SymmetricSeam:
         self._max_rows = max_rows
         row = hidden * dtype.itemsize
         most = -(-max_rows // ranks.size) + 1  # the last row of a residual is nobody's: see `insert`
-        parts = {
-            "partial": max_rows * row,
-            "x": max_rows * row,
-            "residual": most * row,
-            "old_residual": most * row,
-            "pads": ALONE * 8 * 4,
-        }
+        parts = dict.fromkeys(("partial", "x"), max_rows * row)
+        parts |= dict.fromkeys(("residual", "old_residual"), most * row) | {"pads": ALONE * 8 * 4}
         self._at: dict[str, int] = {}
         size = 0
         for name, nbytes in parts.items():
@@ -246,7 +237,7 @@ class SymmetricSeam:
         call.old_rows, call.fresh = before, self._fresh
         if joint is not None:
             call.rows, call.weight = self._rows, joint.weight.data_ptr()
-            call.eps, call.offset, call.scale = joint.eps, joint.weight_offset, joint.residual_scale
+            call.eps, call.offset, call.scale = joint.varied
             call.kept = kept.data_ptr() if kept is not None else None
 
         held = [] if joint is None else [joint.weight] if kept is None else [joint.weight, kept]

@@ -76,17 +76,9 @@ def _share(
     failed,
     weight,
     kept,
-    partial_at,
-    x_at,
-    residual_at,
-    old_residual_at,
-    rank,
-    rows,
-    old_rows,
-    per_program,
-    eps,
-    offset,
-    scale,
+    places,
+    sizes,
+    varied,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -96,8 +88,11 @@ def _share(
 ):
     """This rank's rows: the sum over the ranks plus the residual, its norm to every rank. Grid: (programs,).
 
-    buffers: addresses of the ranks' memory; *_at: bytes in it.
+    buffers: addresses of the ranks' memory; places: bytes in it; varied: see `Joint`.
     """
+    partial_at, x_at, residual_at, old_residual_at = places
+    rank, rows, old_rows, per_program = sizes
+    eps, offset, scale = varied
     elements = tl.pointer_type(ELEMENT)
     vector: tl.constexpr = 16 if HIDDEN * ELEMENT.primitive_bitwidth % 128 == 0 else 1
     each, extra = rows // RANKS, rows % RANKS
@@ -105,10 +100,8 @@ def _share(
     count = each + (rank < extra).to(tl.int32)
     i = tl.arange(0, BLOCK)
     inside = i < HIDDEN
-    w = (
-        tl.load(tl.multiple_of(weight.to(elements), vector) + i, mask=inside, other=0.0).to(tl.float32)
-        + offset
-    )
+    w = tl.load(tl.multiple_of(weight.to(elements), vector) + i, mask=inside, other=0.0)
+    w = w.to(tl.float32) + offset
     own = tl.multiple_of((tl.load(buffers + rank) + residual_at).to(elements), vector)
     for turn in range(per_program):
         row = (turn * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
@@ -126,11 +119,8 @@ def _share(
                     place = tl.load(kept.to(tl.pointer_type(tl.int64)) + first + row)
                     old_each, old_extra = old_rows // RANKS, old_rows % RANKS
                     border = old_extra * (old_each + 1)
-                    many, few = (
-                        place // (old_each + 1),
-                        old_extra + (place - border) // tl.maximum(old_each, 1),
-                    )
-                    owner = tl.where(place < border, many, few)
+                    few = old_extra + (place - border) // tl.maximum(old_each, 1)
+                    owner = tl.where(place < border, place // (old_each + 1), few)
                     place -= owner * old_each + tl.minimum(owner, old_extra)
                     theirs = (tl.load(buffers + owner) + old_residual_at).to(elements)
                     old = tl.multiple_of(theirs, vector) + place * HIDDEN + i
@@ -175,27 +165,11 @@ class TritonSeam:
         if not call.rows:
             return
         block = triton.next_power_of_2(self._hidden)
+        places = call.partial_at, call.x_at, call.residual_at, call.old_residual_at
+        per_program = triton.cdiv(triton.cdiv(call.rows, self._size), blocks)
         _share[(blocks,)](
-            buffers,
-            call.failed,
-            call.weight,
-            call.kept or 0,
-            call.partial_at,
-            call.x_at,
-            call.residual_at,
-            call.old_residual_at,
-            rank,
-            call.rows,
-            call.old_rows,
-            triton.cdiv(triton.cdiv(call.rows, self._size), blocks),
-            call.eps,
-            call.offset,
-            call.scale,
-            HIDDEN=self._hidden,
-            BLOCK=block,
-            RANKS=self._size,
-            FRESH=bool(call.fresh),
-            KEPT=call.kept is not None,
-            ELEMENT=self._element,
+            *(buffers, call.failed, call.weight, call.kept or 0, places),
+            *((rank, call.rows, call.old_rows, per_program), (call.eps, call.offset, call.scale)),
+            *(self._hidden, block, self._size, bool(call.fresh), call.kept is not None, self._element),
             num_warps=8 if block >= 2048 else 4,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from weaveinf.comm import segment
 from weaveinf.comm.segment import Group, Segment, check
 from weaveinf.comm.waits import Backend, blamed, wait_for
+from weaveinf.ops.native import fields
 
 _CHUNK = 16384
 """Floats of one vote that pass at once; longer votes go in chunks."""
@@ -34,7 +35,7 @@ class Votes(Protocol):
 class _State(ctypes.Structure):
     """struct Votes of shm.cpp."""
 
-    _fields_ = [("group", Group), ("slots", ctypes.c_void_p), ("chunk", ctypes.c_int64)]
+    _fields_ = [("group", Group), *fields("void_p slots, int64 chunk")]
 
 
 class SharedVotes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import fingerprint, load_model, resolve
 from weaveinf.selectors import fasa
 from weaveinf.selectors.selector import Budgets, Choosing, Heads, Selector
+from weaveinf.weave.rehearsal import rehearsal
 from weaveinf.weave.run import run as run_chain
 
 QUERIES = 64
@@ -104,15 +106,5 @@ def _observe(
 def _batch(tokens: Tensor, start: int, end: int) -> Batch:
     """Tokens start to end of a text whose pages lie in order. All want logits, so that in the last layer too
     all ask."""
-    at = torch.arange(start, end, dtype=torch.int32)
-    return Batch(
-        input_ids=tokens[start:end],
-        positions=at,
-        slot_mapping=at,
-        cu_seqlens_q=torch.tensor([0, end - start], dtype=torch.int32),
-        seq_lens=torch.tensor([end], dtype=torch.int32),
-        num_prompt_tokens=torch.tensor([len(tokens)], dtype=torch.int32),
-        block_table=torch.arange(-(-end // PAGE_SIZE), dtype=torch.int32)[None],
-        state_slot=torch.zeros(1, dtype=torch.int32),
-        logit_rows=torch.arange(end - start),
-    )
+    made = rehearsal(end - start, start, len(tokens), 1)
+    return replace(made, input_ids=tokens[start:end], logit_rows=torch.arange(end - start))

@@ -18,23 +18,14 @@ from weaveinf.comm import segment
 from weaveinf.commands.report import Machine, write_json
 from weaveinf.ops import cuda, flash_attention, native
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-)
+PACKAGES = "torch triton transformers safetensors tokenizers numpy cupy-cuda12x cupy-cuda13x".split()
 
 
 def run(args: argparse.Namespace) -> None:
     if args.tp < 1:
         raise ValueError("--tp must be at least 1")
     rows = _software() | _hardware() | _choices(args.tp)
-    width = max(len(name) for name in rows)
+    width = max(map(len, rows))
     if args.json != "-":
         for name, value in rows.items():
             print(f"{name:{width}}  {value}")
@@ -45,9 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _software() -> dict[str, Any]:
     rows = {"weaveinf": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        rows[package] = _version(package) or "not installed"
-    return rows
+    return rows | {package: _version(package) or "not installed" for package in PACKAGES}
 
 
 def _hardware() -> dict[str, Any]:
@@ -137,5 +126,4 @@ def _shared_memory() -> str:
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names)
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

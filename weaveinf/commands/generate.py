@@ -54,15 +54,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def sampling(args: argparse.Namespace, n: int = 1) -> SamplingParams:
     """The sampling parameters among the arguments."""
-    return SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        max_tokens=args.max_tokens,
-        stop=args.stop,
-        n=n,
-    )
+    names = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop")
+    return SamplingParams(**{name: getattr(args, name) for name in names}, n=n)
 
 
 def _show(prompt: str, output: RequestOutput) -> None:
@@ -71,17 +64,6 @@ def _show(prompt: str, output: RequestOutput) -> None:
 
 
 def _plain(output: RequestOutput) -> dict[str, Any]:
-    return {
-        "prompt": output.prompt,
-        "prompt_token_ids": output.prompt_token_ids,
-        "samples": [
-            {
-                "text": sample.text,
-                "token_ids": sample.token_ids,
-                "finish_reason": sample.finish_reason,
-                "stop_reason": sample.stop_reason,
-                "pruned": sample.pruned,
-            }
-            for sample in output.outputs
-        ],
-    }
+    names = ("text", "token_ids", "finish_reason", "stop_reason", "pruned")
+    samples = [{name: getattr(sample, name) for name in names} for sample in output.outputs]
+    return {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids, "samples": samples}

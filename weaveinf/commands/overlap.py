@@ -16,7 +16,6 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
@@ -31,7 +30,7 @@ from weaveinf.comm.local import LocalSeam
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.comm.waits import wait_for
-from weaveinf.commands.report import write_json
+from weaveinf.commands.report import in_turns, write_json
 from weaveinf.config import EngineConfig
 from weaveinf.engine.worker import Worker
 from weaveinf.models.layers import Block
@@ -147,31 +146,21 @@ class Overlap:
         middle = rows // 2 if len(self.weaver.seams) > 1 else 0  # where nothing is ever woven, nothing is cut
         variants = {str(cut): partial(self.weaver.run, batch, cut) for cut in (0, middle)}
         ms = list(self._times(variants, pairs).values())
-        gains = {
-            "gain": ms[0] / ms[-1],
-            "predicted_gain": plan.whole_ms / plan.woven_ms if plan.woven_ms else 1.0,
-        }
-        return {
-            "rows": rows,
-            "context": context,
-            "plain_ms": ms[0],
-            "woven_ms": ms[-1],
-            **gains,
-            "why": plan.why,
-        }
+        found = {"rows": rows, "context": context, "plain_ms": ms[0], "woven_ms": ms[-1], "why": plan.why}
+        predicted = plan.whole_ms / plan.woven_ms if plan.woven_ms else 1.0
+        return found | {"gain": ms[0] / ms[-1], "predicted_gain": predicted}
 
     def _times(self, variants: Mapping[str, Callable[[], Tensor]], pairs: int) -> dict[str, float]:
         """Medians of ms, in turns; the first turn does not count."""
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for pair in range(pairs + 1):
-            for name, variant in variants.items():
-                self.meet()
-                began = time.perf_counter()
-                variant()
-                self.meet()
-                if pair:
-                    times[name].append((time.perf_counter() - began) * 1e3)
-        return {name: median(values) for name, values in times.items()}
+
+        def timed(variant: Callable[[], Tensor]) -> float:
+            self.meet()
+            began = time.perf_counter()
+            variant()
+            self.meet()
+            return (time.perf_counter() - began) * 1e3
+
+        return in_turns({name: partial(timed, variant) for name, variant in variants.items()}, pairs)
 
     @torch.inference_mode()
     def recorded(self, tokens: int) -> Recorder:

@@ -6,8 +6,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -115,6 +117,12 @@ def write_json(file: str | None, result: dict[str, Any]) -> None:
         print()
     elif file is not None:
         Path(file).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def in_turns(calls: Mapping[str, Callable[[], float]], turns: int) -> dict[str, float]:
+    """The median of what each returned, in turns in which all take theirs; the first turn does not count."""
+    took = [[call() for call in calls.values()] for _ in range(turns + 1)]
+    return dict(zip(calls, map(median, zip(*took[1:], strict=True)), strict=True))
 
 
 def tell_trace(llm: LLM) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,15 +22,16 @@ from torch import Tensor
 
 from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
-from weaveinf.commands.report import read_rate, write_json
+from weaveinf.commands.report import in_turns, read_rate, write_json
 from weaveinf.config import PAGE_SIZE
 from weaveinf.ops import index, select
-from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.attention import Paged, Pair, paged_attention
 from weaveinf.ops.index import IndexKeys
 from weaveinf.selectors.fasa import save
 from weaveinf.selectors.hisa import POOL, Hisa
 from weaveinf.selectors.registry import settings
-from weaveinf.selectors.selector import Heads, Index, PerRow, RowFacts, Selector
+from weaveinf.selectors.segments import PerRow, RowFacts
+from weaveinf.selectors.selector import Heads, Index, Selector
 from weaveinf.selectors.tokenselect import CHUNK
 
 _LAYERS = 10  # the last ones are timed: the methods' own first layers are dense
@@ -68,6 +68,9 @@ class Context:
                 flat = self.pools[name][layer].flatten()
                 for at in range(0, len(flat), len(noise)):
                     flat[at : at + len(noise)] = noise[: len(flat) - at].roll(at // 7)
+
+    def layer(self, layer: int) -> Pair:
+        return self.pools["key"][layer], self.pools["value"][layer]
 
     def make(self, wanted: dict[str, Any]) -> Selector:
         """A method over this cache, which has seen all of it."""
@@ -150,14 +153,8 @@ def _compare(
 
 
 def _rows(tokens: int, calls: dict[str, Callable[[], float]], turns: int) -> list[dict[str, Any]]:
-    """Medians over turns in which all methods take theirs, the first one unseen; beside the first method."""
-    times: dict[str, list[float]] = {title: [] for title in calls}
-    for turn in range(turns + 1):
-        for title, call in calls.items():
-            took = call()
-            if turn:
-                times[title].append(took)
-    ms = {title: median(values) for title, values in times.items()}
+    """Medians over turns, beside the first method."""
+    ms = in_turns(calls, turns)
     first = next(iter(ms.values()))
     return [{"tokens": tokens, "method": t, "ms": ms[t], "times_dense": first / ms[t]} for t in ms]
 
@@ -168,21 +165,12 @@ def _prompt(context: Context, turns: int) -> list[dict[str, Any]]:
     heads, layer, end = context.heads, _TIMED[0], context.tokens // CHUNK * CHUNK
     batch = context.rows(torch.arange(end - CHUNK, end, dtype=torch.int32), 0, 1, end)
     q = torch.randn(CHUNK, heads.num_heads, heads.head_dim, device=heads.device).to(heads.dtype)
-    keys, values = (context.pools[name][layer] for name in ("key", "value"))
-    out, scale = torch.empty_like(q), heads.head_dim**-0.5
-    where = (batch.block_table, batch.cu_seqlens_q, batch.positions)
-
-    def dense() -> None:
-        paged_attention(q, keys, values, *where, scale, out=out)
-
-    new = _written(keys, batch)
-
-    def chosen() -> None:
-        _step(selector, layer, q, new, (keys, values), copy(batch), out)
-
+    pools, out = context.layer(layer), torch.empty_like(q)
+    new, paged = _written(pools[0], batch), Paged(batch.block_table, batch.cu_seqlens_q, batch.positions)
+    dense = _ms(lambda: paged_attention(q, pools, paged, heads.head_dim**-0.5, out=out))
+    chosen = _ms(lambda: _step(selector, layer, q, new, pools, copy(batch), out))
     of = f"{CHUNK} of a prompt"
-    calls = {f"dense, {of}": _ms(dense), f"tokenselect, {of}": _ms(chosen)}
-    return _rows(context.tokens, calls, turns)
+    return _rows(context.tokens, {f"dense, {of}": dense, f"tokenselect, {of}": chosen}, turns)
 
 
 def _index(context: Context, turns: int) -> list[dict[str, Any]]:
@@ -218,13 +206,13 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _ms(call: Callable[[], None]) -> Callable[[], float]:
-    """The same, which says how long it took."""
+def _ms(call: Callable[[], object], times: int = 1) -> Callable[[], float]:
+    """The same, which says how long each of the `times` took that it does something."""
 
     def timed() -> float:
         began = _now()
         call()
-        return (_now() - began) * 1e3
+        return (_now() - began) / times * 1e3
 
     return timed
 
@@ -237,16 +225,13 @@ def _queries(context: Context) -> Tensor:
 def _dense(context: Context) -> Callable[[], float]:
     q, out = _queries(context), torch.empty_like(_queries(context))
     batch = context.rows(torch.tensor([context.tokens - 1], dtype=torch.int32), 0, context.batch)
-    where = (batch.block_table, batch.cu_seqlens_q, batch.positions)
+    paged = Paged(batch.block_table, batch.cu_seqlens_q, batch.positions)
 
-    def call() -> float:
-        began = _now()
+    def call() -> None:
         for layer in _TIMED:
-            keys, values = (context.pools[name][layer] for name in ("key", "value"))
-            paged_attention(q, keys, values, *where, context.heads.head_dim**-0.5, out=out)
-        return (_now() - began) / len(_TIMED) * 1e3
+            paged_attention(q, context.layer(layer), paged, context.heads.head_dim**-0.5, out=out)
 
-    return call
+    return _ms(call, len(_TIMED))
 
 
 def _chosen(context: Context, wanted: dict[str, Any]) -> Callable[[], float]:
@@ -258,12 +243,14 @@ def _chosen(context: Context, wanted: dict[str, Any]) -> Callable[[], float]:
         """A step: the answer goes on by a token, over and over in the same few places."""
         at[0] = context.tokens - 1 + (at[0] - context.tokens + 2) % _STEPS
         batch = context.rows(torch.tensor(at, dtype=torch.int32), 0, context.batch)
-        pools = [(context.pools["key"][layer], context.pools["value"][layer]) for layer in _TIMED]
+        pools = [context.layer(layer) for layer in _TIMED]
         new = [_written(keys, batch) for keys, _ in pools]
-        began = _now()
-        for layer, rows, of_layer in zip(_TIMED, new, pools, strict=True):
-            _step(selector, layer, q, rows, of_layer, batch, out)
-        return (_now() - began) / len(_TIMED) * 1e3
+
+        def step() -> None:
+            for layer, rows, of_layer in zip(_TIMED, new, pools, strict=True):
+                _step(selector, layer, q, rows, of_layer, batch, out)
+
+        return _ms(step, len(_TIMED))()
 
     return call
 
@@ -278,7 +265,7 @@ def _step(
     layer: int,
     q: Tensor,
     new: Tensor,
-    pools: tuple[Tensor, Tensor],
+    pools: Pair,
     batch: Batch,
     out: Tensor,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 
 from weaveinf.cache.blocks import BlockAllocator, legal_cut
 from weaveinf.engine.request import Request
@@ -34,11 +35,7 @@ class Prefixes:
         samples of one prompt compute it once."""
         if not fresh:
             return False
-        count = 0
-        for page_hash in self._wanted(request)[num_hits:]:
-            if page_hash not in fresh:
-                break
-            count += 1
+        count = len([*takewhile(fresh.__contains__, self._wanted(request)[num_hits:])])
         size = self._blocks.block_size
         return count > 0 and 2 * count * size >= request.num_known - num_hits * size
 
@@ -52,9 +49,8 @@ class Prefixes:
     def publish(self, request: Request) -> None:
         """Offers the pages whose tokens are known and whose steps are scheduled."""
         size = self._blocks.block_size
-        if (
-            self._publishes and request.num_computed >= (request.num_published + 1) * size
-        ):  # spares most decode steps the rest
+        new = request.num_computed - request.num_published * size
+        if self._publishes and new >= size:  # spares most decode steps the rest
             full = min(request.num_computed, request.num_known) // size
             hashes = self._hashes(request, full)
             for i in range(request.num_published, full):
@@ -75,8 +71,7 @@ class Prefixes:
             parent = have[-1] if have else self._blocks.root(request.salt)
             size = self._blocks.block_size
             tokens = request.tokens(len(have) * size, count * size)
-            shapes = [
-                self._shape(request, end) for end in range((len(have) + 1) * size, count * size + 1, size)
-            ]
+            ends = range((len(have) + 1) * size, count * size + 1, size)
+            shapes = [self._shape(request, end) for end in ends]
             have += self._blocks.chain(parent, tokens, shapes)
         return have[:count]

@@ -69,16 +69,8 @@ class Worker:
         self.steps_done = 0
         self.trace = Trace()
         with torch.inference_mode():
-            self.model = load_model(
-                self.path,
-                self.model_config,
-                rank=ranks.rank,
-                size=ranks.size,
-                device=ranks.device,
-                dtype=self.dtype,
-                load_format=config.load_format,
-                progress=progress,
-            )
+            here = ranks.rank, ranks.size, ranks.device, self.dtype
+            self.model = load_model(self.path, self.model_config, *here, config.load_format, progress)
             self.max_blocks = -(-self.model_config.max_model_len // PAGE_SIZE)
             self.selector = self._selector(config)
             specs = [*self.model.pool_specs]

@@ -20,17 +20,11 @@ from weaveinf.models.rope import Rope
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Keys that change the arithmetic in ways no family here has, with the values that mean "off".
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "attention_multiplier": (None,),
-    "embedding_multiplier": (None, 1.0),
-    "residual_multiplier": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-    "clip_qkv": (None,),
-    "attention_chunk_size": (None,),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), (None,)),
+    **dict.fromkeys(("attention_multiplier", "clip_qkv", "attention_chunk_size"), (None,)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (None, 1.0)),
+    **dict.fromkeys(("logits_scaling", "partial_rotary_factor"), (None, 1.0)),
     "no_rope_layers": (None, []),
-    "partial_rotary_factor": (None, 1.0),
 }
 
 
@@ -145,7 +139,6 @@ class ModelConfig:
     experts: Experts | None = None
     latents: Latents | None = None
     indexing: Indexing | None = None
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -164,11 +157,9 @@ class ModelConfig:
         # Here and not above: the families import this module.
         from weaveinf.models.registry import family_of
 
-        for key, remedy in (
-            ("quantization_config", "its weights are quantized; use the unquantized checkpoint"),
-            ("compression_config", "its weights are quantized; use the unquantized checkpoint"),
-        ):
+        for key in ("quantization_config", "compression_config"):
             if raw.get(key):
+                remedy = "its weights are quantized; use the unquantized checkpoint"
                 raise ValueError(f"{where} has {key!r}: {remedy}")
         for key, neutral in _NEUTRAL.items():
             if raw.get(key) not in neutral:
@@ -180,7 +171,7 @@ class ModelConfig:
                 f"{where} has 'auto_map', code that is never run, and model_type={raw.get('model_type')!r}: "
                 f"use a model of a known family, as {family.model_type!r}"
             )
-        config = family.configure(Fields(raw, where))
+        config = family.configure(Fields(raw, where, family.architecture))
         return config.limited_to(max_model_len, at_once) if max_model_len is not None else config
 
     @classmethod
@@ -253,25 +244,24 @@ def read_json(file: Path) -> dict[str, Any]:
 class Fields:
     """Typed, checked access to a config's raw values; None counts as absent."""
 
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw = raw
-        self.where = where
+    def __init__(self, raw: Mapping[str, Any], where: str, architecture: str = "") -> None:
+        self.raw, self.where, self.architecture = raw, where, architecture
 
     def refuse(self, key: str, wanted: str) -> ValueError:
         return ValueError(f"{self.where}: {key}={self.raw.get(key)!r}, expected {wanted}")
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def _get(self, key: str, default: Any) -> Any:
         value = self.raw.get(key)
-        if value is None:
-            value = default
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.refuse(key, f"an integer of at least {least}")
         return value
 
     def number(self, key: str, default: float) -> float:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
+        value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.refuse(key, "a number")
         if not (math.isfinite(value) and value > 0):
@@ -279,16 +269,14 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
+        value = self._get(key, default)
         if not isinstance(value, bool):
             raise self.refuse(key, "true or false")
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
+        value = self._get(key, [])
+        ids = value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise self.refuse(key, "a token id or a list of them")
         return tuple(i for i in ids if i >= 0)
@@ -300,6 +288,11 @@ class Fields:
         if layers > 1000:
             raise self.refuse("num_hidden_layers", "at most 1000")
         return layers
+
+    def window(self, default: int | None) -> int | None:
+        """`sliding_window`, where it is absent the default; null, and a default of None, mean none."""
+        unlimited = self.raw.get("sliding_window", default) is None
+        return None if unlimited else self.integer("sliding_window", default)
 
     def windows(self, window: int | None, slides: Sequence[bool] = ()) -> tuple[int | None, ...]:
         """Each layer's window: `window` where `slides` (empty: everywhere).
@@ -321,8 +314,7 @@ class Fields:
 
     def qwen_windows(self, first: int) -> tuple[int | None, ...]:
         """Qwen's rule: none without `use_sliding_window`, and then only from layer `first` on."""
-        used = self.flag("use_sliding_window") and self.raw.get("sliding_window", 4096) is not None
-        window = self.integer("sliding_window", 4096) if used else None
+        window = self.window(4096) if self.flag("use_sliding_window") else None
         return self.windows(window, [i >= first for i in range(self.layers)])
 
     def decoder(
@@ -350,22 +342,15 @@ class Fields:
             head_dim = self.integer("head_dim", hidden // heads)
         if head_dim % 2:
             raise ValueError(f"{self.where}: head_dim={head_dim} is odd; rotary embedding needs pairs")
-        rope = Rope.parse(
-            self.raw,
-            head_dim,
-            self.integer("max_position_embeddings", max_position_embeddings),
-            rope_theta,
-            self.where,
-        )
+        positions = self.integer("max_position_embeddings", max_position_embeddings)
+        rope = Rope.parse(self.raw, head_dim, positions, rope_theta, self.where)
         dtype = self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32"
         if str(dtype).removeprefix("torch.") not in _DTYPES:
             raise self.refuse("dtype" if self.raw.get("dtype") else "torch_dtype", f"one of {[*_DTYPES]}")
-        bos = self.token_ids("bos_token_id")
-        shared: dict[str, Any] = {
-            "windows": (None,) * layers,
-            "tie_word_embeddings": self.flag("tie_word_embeddings"),
-        }
+        declared.setdefault("windows", (None,) * layers)
+        declared.setdefault("tie_word_embeddings", self.flag("tie_word_embeddings"))
         return ModelConfig(
+            architecture=self.architecture,
             vocab_size=self.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=self.integer("intermediate_size"),
@@ -377,7 +362,6 @@ class Fields:
             rope=rope,
             max_model_len=rope.default_positions,
             dtype=_DTYPES[str(dtype).removeprefix("torch.")],
-            bos_token_id=bos[0] if bos else None,
             eos_token_ids=self.token_ids("eos_token_id"),
-            **(shared | declared),
+            **declared,
         )

@@ -106,7 +106,6 @@ def configure(fields: Fields) -> ModelConfig:
         fields,
         dense_first(fields),
         groups=8,
-        architecture="DeepseekV3ForCausalLM",
         max_position_embeddings=4096,
         latents=latents(fields, fields.flag("rope_interleave", True)),
     )

@@ -41,7 +41,6 @@ def configure(fields: Fields) -> ModelConfig:
         fields,
         mixtures(fields),
         groups=8,
-        architecture="DeepseekV32ForCausalLM",
         max_position_embeddings=163840,
         latents=latents(fields, interleaved=True),
         indexing=indexing(fields, 64, (True,) * fields.layers, interleaved=False),

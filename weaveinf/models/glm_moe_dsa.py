@@ -34,7 +34,6 @@ def configure(fields: Fields) -> ModelConfig:
         fields,
         mixtures(fields),
         groups=1,
-        architecture="GlmMoeDsaForCausalLM",
         rms_norm_eps=1e-5,
         max_position_embeddings=202752,
         latents=latents(fields, interleaved=True),

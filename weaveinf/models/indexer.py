@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, Memo
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.models.layers import Parts
 from weaveinf.models.weights import Piece, rows
@@ -28,7 +28,7 @@ from weaveinf.ops.linear import linear
 from weaveinf.ops.norm import layer_norm
 from weaveinf.ops.rope import halves, rope_, write_kv
 from weaveinf.selectors.hisa import FLAT, STAGED, HisaSelector
-from weaveinf.selectors.selector import DENSE, Memo, RowFacts, Segment, Tokens, segments
+from weaveinf.selectors.segments import DENSE, RowFacts, Segment, Tokens, segments
 
 KEYS, SCALES = "index keys", "index scales"
 _EPS = 1e-6  # whatever the config's
@@ -134,7 +134,7 @@ class Indexer:
         return x if self.config.dim & (self.config.dim - 1) else index.hadamard(x)
 
     def _segments(self, batch: Batch) -> list[Segment]:
-        facts = RowFacts.of(batch, self.selector.budgets if self.selector else None)
         if self.selector is not None:
-            return segments(batch, facts, self.selector.kinds(facts))
+            return self.selector.cut(batch)
+        facts = RowFacts.of(batch, None)
         return segments(batch, facts, np.where(facts.position < self.config.top_k, DENSE, FLAT))

@@ -21,7 +21,7 @@ from weaveinf.comm.seam import Joint
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.weights import Piece, Weights, columns, rows
 from weaveinf.ops.activation import silu_mul
-from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.attention import Paged, paged_attention
 from weaveinf.ops.embedding import embed
 from weaveinf.ops.linear import PackedWeight, linear
 from weaveinf.ops.moe import ExpertWeights, moe, route
@@ -80,10 +80,7 @@ class Share:
         self.kv_heads = self.of(kv) if size <= kv else range(rank * kv // size, rank * kv // size + 1)
         self.vocab_shard = -(-config.vocab_size // size)
         self.vocab_start = rank * self.vocab_shard
-        first, stop = (
-            min(v, config.vocab_size) for v in (self.vocab_start, self.vocab_start + self.vocab_shard)
-        )
-        self.vocab = range(first, stop)
+        self.vocab = range(config.vocab_size)[self.vocab_start :][: self.vocab_shard]
 
     def of(self, total: int) -> range:
         """This rank's share of `total` things, which the ranks divide evenly."""
@@ -198,9 +195,8 @@ class Attention:
         v, v_bias = cut("v", config.num_kv_heads, share.kv_heads)
         # One product makes q, k and v; in the last layer q is apart, for its fewer rows.
         self.qkv = weights.packed(k, v) if self.last else weights.packed(q, k, v)
-        self.qkv_bias = parts.bias(
-            config.qkv_bias, *((k_bias, v_bias) if self.last else (q_bias, k_bias, v_bias))
-        )
+        biases = (k_bias, v_bias) if self.last else (q_bias, k_bias, v_bias)
+        self.qkv_bias = parts.bias(config.qkv_bias, *biases)
         self.q = weights.packed(q) if self.last else None
         self.q_bias = parts.bias(config.qkv_bias, q_bias) if self.last else None
         self.q_norm = parts.bias(config.qk_norm, Piece(f"{name}.q_norm.weight", (dim,)))
@@ -261,18 +257,8 @@ class Attention:
         """Attention and the output's product; of all rows, or of those kept."""
         if self.selector is not None:
             return self._attend_to_some(s, batch, out, kept, self.selector)
-        paged_attention(
-            s.q,
-            self.keys,
-            self.values,
-            batch.block_table,
-            batch.cu_seqlens_q,
-            batch.positions,
-            self.scale,
-            self.window,
-            out=s.mixed_heads,
-            seq_lens=batch.seq_lens,
-        )
+        paged = Paged(batch.block_table, batch.cu_seqlens_q, batch.positions, batch.seq_lens)
+        paged_attention(s.q, (self.keys, self.values), paged, self.scale, self.window, s.mixed_heads)
         linear(s.mixed, self.o, self.o_bias, out=out)
         return None
 
@@ -283,10 +269,8 @@ class Attention:
         q = s.q.clone()
         for segment in (yield from selector.choose(self.layer, q, self.keys, batch)):
             segment.attend(q, self.keys, self.values, self.scale, s.mixed_heads)
-        if kept is None:
-            linear(s.mixed, self.o, self.o_bias, out=out)
-        else:
-            linear(s.mixed[kept], self.o, self.o_bias, out=out[: len(kept)])
+        mixed, out = (s.mixed, out) if kept is None else (s.mixed[kept], out[: len(kept)])
+        linear(mixed, self.o, self.o_bias, out=out)
         return kept
 
     def _heads(self, count: int) -> _Heads:
@@ -294,17 +278,8 @@ class Attention:
         qkv = self.scratch.empty("attention", count, (h + 2 * kv) * d, self.dtype, self.device)
         mixed = self.scratch.empty("attention, mixed", count, h * d, self.dtype, self.device)
         split = qkv.view(count, h + 2 * kv, d)
-        return _Heads(
-            qkv,
-            split[:, :h],
-            split[:, h : h + kv],
-            split[:, h + kv :],
-            split[:, : h + kv],
-            qkv[:, : h * d],
-            qkv[:, h * d :],
-            mixed,
-            mixed.view(count, h, d),
-        )
+        of_heads = split[:, :h], split[:, h : h + kv], split[:, h + kv :], split[:, : h + kv]
+        return _Heads(qkv, *of_heads, qkv[:, : h * d], qkv[:, h * d :], mixed, mixed.view(count, h, d))
 
 
 def _returning(block: Generator[Tensor, Tensor, Kept], kept: Tensor) -> Generator[Tensor, Tensor, Kept]:
@@ -356,17 +331,15 @@ class ExpertMlp:
         hidden, inner, count = config.hidden_size, experts.intermediate_size, experts.count
         own = parts.share.of(inner)
         self.router = weights.packed(rows(f"{name}.gate.weight", count, hidden, range(count)), wide=True)
-        gate_up: list[PackedWeight] = []
-        down: list[PackedWeight] = []
+        gate_up, down = [], []
         fused = weights.has(f"{name}.experts.gate_up_proj")
         names = [f"{name}.experts.{{}}.{which}.weight" for which in projections]
         for e in range(count):
             if fused:
                 both, only = f"{name}.experts.gate_up_proj", slice(e, e + 1)
                 shape = (count, 2 * inner, hidden)
-                halves = [
-                    Piece(both, shape, (only, slice(at + own.start, at + own.stop))) for at in (0, inner)
-                ]
+                spans = (slice(at + own.start, at + own.stop) for at in (0, inner))
+                halves = [Piece(both, shape, (only, span)) for span in spans]
                 tall = (only, slice(None), slice(own.start, own.stop))
                 back = Piece(f"{name}.experts.down_proj", (count, hidden, inner), tall)
             else:
@@ -401,6 +374,12 @@ class Head:
         if self.padded:
             logits[:, self.real :] = -torch.inf
         return logits
+
+
+def dense_layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
+    """Attention and MLP of layer i, as most families have them."""
+    name = f"model.layers.{i}"
+    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
 
 
 class Model:

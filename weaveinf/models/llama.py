@@ -9,14 +9,12 @@ Every layer is
 from __future__ import annotations
 
 from weaveinf.models.config import Fields, ModelConfig
-from weaveinf.models.layers import Attention, Mlp, Parts
 from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
     attention_bias = fields.flag("attention_bias")
     return fields.decoder(
-        architecture="LlamaForCausalLM",
         max_position_embeddings=2048,
         qkv_bias=attention_bias,
         output_bias=attention_bias,
@@ -24,9 +22,4 @@ def configure(fields: Fields) -> ModelConfig:
     )
 
 
-def layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
-    name = f"model.layers.{i}"
-    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
-
-
-FAMILY = Family("LlamaForCausalLM", "llama", configure, layer)
+FAMILY = Family("LlamaForCausalLM", "llama", configure)

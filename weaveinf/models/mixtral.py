@@ -14,8 +14,6 @@ from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
-    unlimited = fields.raw.get("sliding_window") is None
-    window = None if unlimited else fields.integer("sliding_window")
     experts = Experts(
         count=fields.integer("num_local_experts", fields.integer("num_experts", 8)),
         top_k=fields.integer("num_experts_per_tok", 2),
@@ -24,12 +22,11 @@ def configure(fields: Fields) -> ModelConfig:
         layers=(True,) * fields.layers,
     )
     return fields.decoder(
-        architecture="MixtralForCausalLM",
         rms_norm_eps=1e-5,
         rope_theta=1e6,
         max_position_embeddings=131072,
         kv_heads=8,
-        windows=fields.windows(window),
+        windows=fields.windows(fields.window(None)),
         experts=experts,
     )
 

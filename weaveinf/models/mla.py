@@ -24,12 +24,13 @@ from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.models.indexer import Indexer
 from weaveinf.models.layers import Kept, Parts
 from weaveinf.models.weights import Piece, columns, rows
-from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.attention import Paged, paged_attention
 from weaveinf.ops.linear import linear
 from weaveinf.ops.norm import rms_norm
 from weaveinf.ops.rope import halves, rope_, write_kv
 from weaveinf.selectors.hisa import HisaSelector
-from weaveinf.selectors.selector import Segment, Selector
+from weaveinf.selectors.segments import Segment
+from weaveinf.selectors.selector import Selector
 
 POOL = "latent"
 _EPS = 1e-6  # whatever the config's
@@ -165,5 +166,5 @@ class LatentAttention:
         for segment in segments:
             segment.attend(q, *pools, self.scale, out)
         if not segments:
-            where = batch.block_table, batch.cu_seqlens_q, batch.positions
-            paged_attention(q, *pools, *where, self.scale, out=out, seq_lens=batch.seq_lens)
+            paged = Paged(batch.block_table, batch.cu_seqlens_q, batch.positions, batch.seq_lens)
+            paged_attention(q, pools, paged, self.scale, out=out)

@@ -9,13 +9,11 @@ Every layer is
 from __future__ import annotations
 
 from weaveinf.models.config import Fields, ModelConfig
-from weaveinf.models.layers import Attention, Mlp, Parts
 from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
     return fields.decoder(
-        architecture="Qwen2ForCausalLM",
         max_position_embeddings=32768,
         kv_heads=32,
         windows=fields.qwen_windows(fields.integer("max_window_layers", 28, least=0)),
@@ -23,9 +21,4 @@ def configure(fields: Fields) -> ModelConfig:
     )
 
 
-def layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
-    name = f"model.layers.{i}"
-    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
-
-
-FAMILY = Family("Qwen2ForCausalLM", "qwen2", configure, layer)
+FAMILY = Family("Qwen2ForCausalLM", "qwen2", configure)

@@ -9,14 +9,12 @@ Every layer is
 from __future__ import annotations
 
 from weaveinf.models.config import Fields, ModelConfig
-from weaveinf.models.layers import Attention, Mlp, Parts
 from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
     attention_bias = fields.flag("attention_bias")
     return fields.decoder(
-        architecture="Qwen3ForCausalLM",
         max_position_embeddings=32768,
         kv_heads=32,
         head_dim=fields.integer("head_dim", 128),
@@ -27,9 +25,4 @@ def configure(fields: Fields) -> ModelConfig:
     )
 
 
-def layer(parts: Parts, i: int) -> tuple[Attention, Mlp]:
-    name = f"model.layers.{i}"
-    return Attention(parts, i, f"{name}.self_attn"), Mlp(parts, f"{name}.mlp")
-
-
-FAMILY = Family("Qwen3ForCausalLM", "qwen3", configure, layer)
+FAMILY = Family("Qwen3ForCausalLM", "qwen3", configure)

@@ -26,7 +26,6 @@ def configure(fields: Fields) -> ModelConfig:
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(fields.layers)),
     )
     return fields.decoder(
-        architecture="Qwen3MoeForCausalLM",
         max_position_embeddings=32768,
         kv_heads=4,
         windows=fields.qwen_windows(first=0),

@@ -11,20 +11,14 @@ from typing import Any
 
 import weaveinf.models
 from weaveinf.models.config import Fields, ModelConfig
-from weaveinf.models.layers import AttentionBlock, Block, Parts
+from weaveinf.models.layers import AttentionBlock, Block, Parts, dense_layer
 
+# Families that people will try, and why they are not here.
+_SANDWICHES = ("Gemma2", "Gemma3", "Olmo2", "Olmo3", "Glm4")
 _SANDWICH = (
-    "it normalises a block's output before the residual add, which the seams cannot do; "
+    ": it normalises a block's output before the residual add, which the seams cannot do; "
     "use a family of the list"
 )
-# Families that people will try, and why they are not here.
-_REFUSED = {
-    "Gemma2": _SANDWICH,
-    "Gemma3": _SANDWICH,
-    "Olmo2": _SANDWICH,
-    "Olmo3": _SANDWICH,
-    "Glm4": _SANDWICH,
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Family:
     architecture: str
     model_type: str
     configure: Callable[[Fields], ModelConfig]
-    layer: Callable[[Parts, int], tuple[AttentionBlock, Block]]
+    layer: Callable[[Parts, int], tuple[AttentionBlock, Block]] = dense_layer
 
 
 @cache
@@ -67,6 +61,5 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
             if family.model_type == raw.get("model_type"):
                 return family
     asked = str(named[0] if named else raw.get("model_type"))
-    why = next((words for start, words in _REFUSED.items() if asked.startswith(start)), "")
-    known = ", ".join(families())
-    raise ValueError(f"{where}: architecture {asked!r} is not supported{': ' * bool(why)}{why} ({known})")
+    why, known = _SANDWICH if asked.startswith(_SANDWICHES) else "", ", ".join(families())
+    raise ValueError(f"{where}: architecture {asked!r} is not supported{why} ({known})")

@@ -27,13 +27,7 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty((rows, inner), dtype=gate_up.dtype)
     native.lib.weave_silu_mul(
-        gate_up.data_ptr(),
-        gate_up.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        rows,
-        inner,
-        native.DTYPES[gate_up.dtype],
-        torch.get_num_threads(),
+        *(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), out.stride(0), rows, inner),
+        *(native.DTYPES[gate_up.dtype], torch.get_num_threads()),
     )
     return out

@@ -23,14 +23,8 @@ def embed(ids: Tensor, table: Tensor, first: int, out: Tensor) -> Tensor:
     if native.lib is None or out.is_cuda:
         return embed_reference(ids, table, first, out)
     native.lib.weave_embed(
-        ids.data_ptr(),
-        table.data_ptr(),
-        out.data_ptr(),
-        ids.shape[0],
-        first,
-        table.shape[0],
-        out.shape[1] * out.element_size(),
-        torch.get_num_threads(),
+        *(ids.data_ptr(), table.data_ptr(), out.data_ptr(), ids.shape[0], first),
+        *(table.shape[0], out.shape[1] * out.element_size(), torch.get_num_threads()),
     )
     return out
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weaveinf.ops.attention import Paged, Pair
+
 try:
     from flash_attn_interface import flash_attn_with_kvcache as library
 except ImportError:
@@ -46,21 +48,12 @@ def takes(q: Tensor) -> bool:
 
 
 def paged_attention(
-    q: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    out: Tensor,
-    seq_lens: Tensor,
+    q: Tensor, pools: Pair, paged: Paged, scale: float, window: int | None, out: Tensor
 ) -> Tensor:
-    """`weaveinf.ops.attention.paged_attention` for rows that are the last of `seq_lens` (int32 [S]) positions
-    of their sequences, without a gap."""
+    """`weaveinf.ops.attention.paged_attention` with `seq_lens`."""
     assert library is not None
-    attend = partial(library, q, key_pool, value_pool, page_table=block_table, cache_seqlens=seq_lens)
+    attend = partial(library, q, *pools, page_table=paged.block_table, cache_seqlens=paged.seq_lens)
     # Not read back from the device: no sequence has more rows than there are.
-    attend = partial(attend, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=q.shape[0])
-    left = -1 if sliding_window is None else sliding_window - 1
+    attend = partial(attend, cu_seqlens_q=paged.cu_seqlens_q, max_seqlen_q=q.shape[0])
+    left = -1 if window is None else window - 1
     return out.copy_(attend(softmax_scale=scale, causal=True, window_size=(left, -1 if left < 0 else 0)))

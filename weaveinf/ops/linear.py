@@ -63,9 +63,8 @@ def _panels(weight: Tensor, lib: native.Library) -> Tensor:
     dtype = native.DTYPES[weight.dtype]
     panels = large.memory(lib.packed_bytes(n, k, dtype))
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    lib.weave_pack(
-        weight.data_ptr(), weight.stride(0), n, k, dtype, panels.data_ptr(), torch.get_num_threads()
-    )
+    given = weight.data_ptr(), weight.stride(0), n, k, dtype, panels.data_ptr()
+    lib.weave_pack(*given, torch.get_num_threads())
     return panels
 
 
@@ -77,20 +76,9 @@ def panels_product(panels: Tensor, n: int, k: int, weight_dtype: torch.dtype) ->
 
     # `panels` as a default keeps the memory as long as the function.
     def product(x: Tensor, bias: Tensor | None, out: Tensor, panels: Tensor = panels) -> None:
-        call(
-            data,
-            n,
-            k,
-            dtype,
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[0],
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            out.stride(0),
-            codes[out.dtype],
-            threads(),
-        )
+        added = 0 if bias is None else bias.data_ptr()
+        given = x.data_ptr(), x.stride(0), x.shape[0], added
+        call(data, n, k, dtype, *given, out.data_ptr(), out.stride(0), codes[out.dtype], threads())
 
     return product
 

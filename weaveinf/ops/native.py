@@ -10,7 +10,7 @@ import ctypes
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch  # before our libraries, which bind to its libgomp by its soname
 
@@ -118,6 +118,13 @@ def _choose(names: Sequence[str]) -> tuple[Library | None, str, str]:
         return load(names[0]), names[0], ""
     except (OSError, AttributeError) as error:
         return None, "torch", f"the CPU kernels do not load ({error}): {cost}"
+
+
+def fields(layout: str) -> list[tuple[str, Any]]:
+    """The `_fields_` of a structure, from types of ctypes and the names that have them: "int64 rows hidden,
+    double eps"."""
+    groups = [group.split() for group in layout.split(",")]
+    return [(name, getattr(ctypes, f"c_{kind}")) for kind, *names in groups for name in names]
 
 
 def pointers(*tensors: torch.Tensor | None) -> list[int]:

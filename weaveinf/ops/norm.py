@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weaveinf.ops import native
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """The norm that follows a block: weight [hidden], of the model's dtype, and what the families vary.
+
+    residual = round(residual + residual_scale * sum of partials);
+    x = round(residual / sqrt(mean(residual^2) + eps) * (weight + weight_offset)), all in float32.
+    """
+
+    weight: Tensor
+    eps: float
+    weight_offset: float = 0.0
+    residual_scale: float = 1.0
+
+    @property
+    def varied(self) -> tuple[float, float, float]:
+        """What the kernels take besides the weight."""
+        return self.eps, self.weight_offset, self.residual_scale
 
 
 def rms_norm_reference(
@@ -20,21 +40,13 @@ def rms_norm_reference(
     return f.to(x.dtype) if out is None else out.copy_(f)
 
 
-def add_rms_norm_reference(
-    partials: Sequence[Tensor],
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    scale: float,
-    out: Tensor,
-) -> Tensor:
+def add_rms_norm_reference(partials: Sequence[Tensor], residual: Tensor, joint: Joint, out: Tensor) -> Tensor:
     """See `add_rms_norm`."""
     total = partials[0].float()
     for partial in partials[1:]:
         total = total + partial.float()
-    residual.copy_(residual.float() + scale * total)
-    return rms_norm_reference(residual, weight, eps, offset, out)
+    residual.copy_(residual.float() + joint.residual_scale * total)
+    return rms_norm_reference(residual, joint.weight, joint.eps, joint.weight_offset, out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, out: Tensor | None = None) -> Tensor:
@@ -52,20 +64,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, out: Te
         out = torch.empty(x.shape, dtype=x.dtype)
     heads, dim = x.shape[-2] if x.dim() == 3 else 1, x.shape[-1]
     native.lib.weave_rms_norm(
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(-2),
-        weight.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        out.stride(-2),
-        x.shape[0],
-        heads,
-        dim,
-        eps,
-        offset,
-        native.DTYPES[x.dtype],
-        torch.get_num_threads(),
+        *(x.data_ptr(), x.stride(0), x.stride(-2), weight.data_ptr()),
+        *(out.data_ptr(), out.stride(0), out.stride(-2)),
+        *(x.shape[0], heads, dim, eps, offset, native.DTYPES[x.dtype], torch.get_num_threads()),
     )
     return out
 
@@ -76,53 +77,30 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return f.to(x.dtype)
 
 
-def add_rms_norm(
-    partials: Sequence[Tensor],
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    scale: float,
-    out: Tensor,
-) -> Tensor:
-    """The arithmetic of a seam: residual = round(residual + scale * sum(partials)); out = norm(residual).
+def add_rms_norm(partials: Sequence[Tensor], residual: Tensor, joint: Joint, out: Tensor) -> Tensor:
+    """The arithmetic of a seam (see `Joint`).
 
     partials: [R, D] each, summed in float32 in the order given; residual: [R, D], updated in place;
     the norm reads the rounded residual. Returns out [R, D]. All are contiguous and of one dtype.
     """
-    if weight.dtype != residual.dtype:
-        raise ValueError(f"a norm in {weight.dtype} behind sums in {residual.dtype}")
+    if joint.weight.dtype != residual.dtype:
+        raise ValueError(f"a norm in {joint.weight.dtype} behind sums in {residual.dtype}")
     if residual.is_cuda:
         from weaveinf.ops import triton_elementwise
 
-        return triton_elementwise.add_rms_norm(partials, residual, weight, eps, offset, scale, out)
+        return triton_elementwise.add_rms_norm(partials, residual, joint, out)
     if native.lib is None or residual.dtype not in native.DTYPES:
-        return add_rms_norm_reference(partials, residual, weight, eps, offset, scale, out)
-    native.lib.weave_add_rms_norm.run(sum_norm(partials, residual, out, weight, eps, offset, scale))
+        return add_rms_norm_reference(partials, residual, joint, out)
+    native.lib.weave_add_rms_norm.run(sum_norm(partials, residual, out, joint))
     return out
 
 
-def sum_norm(
-    partials: Sequence[Tensor],
-    residual: Tensor,
-    out: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 0.0,
-    offset: float = 0.0,
-    scale: float = 1.0,
-) -> bytes:
-    """The arguments of weave_add_rms_norm (csrc/cpu/sum_norm.h), for who calls it from C++, too."""
+def sum_norm(partials: Sequence[Tensor], residual: Tensor, out: Tensor, joint: Joint | None = None) -> bytes:
+    """The arguments of weave_add_rms_norm (csrc/cpu/sum_norm.h), also for C++, which fills in the joint."""
     assert native.lib is not None
+    weight, varied = (joint.weight.data_ptr(), joint.varied) if joint else (0, (0.0, 0.0, 1.0))
     call = native.lib.weave_add_rms_norm.pack(
-        len(partials),
-        residual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        out.data_ptr(),
-        *residual.shape,
-        eps,
-        offset,
-        scale,
-        native.DTYPES[residual.dtype],
-        torch.get_num_threads(),
+        *(len(partials), residual.data_ptr(), weight, out.data_ptr(), *residual.shape, *varied),
+        *(native.DTYPES[residual.dtype], torch.get_num_threads()),
     )
     return call + struct.pack(f"{len(partials)}P", *[partial.data_ptr() for partial in partials])

@@ -48,16 +48,9 @@ def rope_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     if native.lib is None or x.dtype not in native.DTYPES:
         return rope_reference_(x, cos_sin, positions)
     native.lib.weave_rope(
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        x.shape[0],
-        x.shape[1],
-        cos_sin.shape[1],
-        cos_sin.data_ptr(),
-        positions.data_ptr(),
-        native.DTYPES[x.dtype],
-        torch.get_num_threads(),
+        *(x.data_ptr(), x.stride(0), x.stride(1), x.shape[0], x.shape[1]),
+        *(cos_sin.shape[1], cos_sin.data_ptr(), positions.data_ptr()),
+        *(native.DTYPES[x.dtype], torch.get_num_threads()),
     )
     return x
 
@@ -77,15 +70,8 @@ def write_kv(k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slot_ma
         return write_kv_reference(k, v, key_pool, value_pool, slot_mapping)
     itemsize = k.element_size()
     native.lib.weave_write_kv(
-        k.data_ptr(),
-        k.stride(0) * itemsize,
-        v.data_ptr(),
-        v.stride(0) * itemsize,
-        key_pool.data_ptr(),
-        value_pool.data_ptr(),
-        slot_mapping.data_ptr(),
-        k.shape[0],
-        k.shape[1] * k.shape[2] * itemsize,
-        torch.get_num_threads(),
+        *(k.data_ptr(), k.stride(0) * itemsize, v.data_ptr(), v.stride(0) * itemsize),
+        *(key_pool.data_ptr(), value_pool.data_ptr(), slot_mapping.data_ptr()),
+        *(k.shape[0], k.shape[1] * k.shape[2] * itemsize, torch.get_num_threads()),
     )
     return None

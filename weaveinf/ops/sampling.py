@@ -157,15 +157,8 @@ def draw(scores: Tensor, start: int, temperature: Tensor | None = None, keys: Te
     rows, n = scores.shape
     out = torch.empty(2, rows)
     native.lib.weave_draw(
-        scores.data_ptr(),
-        scores.stride(0),
-        rows,
-        n,
-        start,
-        0 if temperature is None else temperature.data_ptr(),
-        0 if keys is None else keys.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        *(scores.data_ptr(), scores.stride(0), rows, n, start),
+        *(*native.pointers(temperature, keys, out), torch.get_num_threads()),
     )
     return out
 

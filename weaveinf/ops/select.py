@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weaveinf.ops import native
-from weaveinf.ops.attention import paged_attention
+from weaveinf.ops.attention import Paged, paged_attention
 
 _MOST_CHANNELS = 1024  # of select.cpp
 _FLOATS = 1 << 24
@@ -156,21 +156,12 @@ def places(index: Tensor, table: Tensor, page_size: int, run: int = 1) -> Tensor
     return out
 
 
-def attend(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    cu_seqlens_q: Tensor,
-    positions: Tensor,
-    scale: float,
-    out: Tensor,
-) -> Tensor:
-    """Attention of q [rows, Hq, D] over tokens at `slots` (int32 [S, n]) of pools as `paged_attention` takes
-    them, -> out [rows, Hq, D]. A row reads its sequence's slots up to number positions[row]."""
+def attend(q: Tensor, keys: Tensor, values: Tensor, slots: Paged, scale: float, out: Tensor) -> Tensor:
+    """Attention of q [rows, Hq, D] over tokens at slots (int32 [S, n], in the place of pages) of pools as
+    `paged_attention` takes them, -> out [rows, Hq, D]. A row reads its sequence's slots up to number
+    positions[row]."""
     one = (-1, 1, *keys.shape[2:])
-    where = (keys.view(one), values.view(one), slots, cu_seqlens_q, positions)
-    return paged_attention(q, *where, scale, out=out)
+    return paged_attention(q, (keys.view(one), values.view(one)), slots, scale, out=out)
 
 
 def write_bounds(keys: Tensor, bounds: Tensor, pages: Tensor, counts: Tensor) -> None:
@@ -229,6 +220,6 @@ def attend_by_head(
     sets = places.shape[1]
     grouped, one = (rows * sets, heads // sets, dim), (-1, 1, 1, dim)
     starts = torch.arange(rows * sets + 1, dtype=torch.int32, device=q.device)
-    where = (keys.view(one), values.view(one), places.flatten(0, 1), starts, counts.flatten() - 1)
-    paged_attention(q.reshape(grouped), *where, scale, out=out.view(grouped))
+    slots = Paged(places.flatten(0, 1), starts, counts.flatten() - 1)
+    attend(q.reshape(grouped), keys.view(one), values.view(one), slots, scale, out.view(grouped))
     return out

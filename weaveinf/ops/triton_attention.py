@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from weaveinf.ops.attention import Paged, Pair
+
 LOG2E = 1.4426950408889634
 _FILL = 264  # programs that occupy an H100 (132 SMs) twice
 
@@ -39,21 +41,13 @@ def owner(starts, count, tile, ROWS: tl.constexpr):
 @triton.jit
 def _attend(
     q,
-    key_pool,
-    value_pool,
-    block_table,
-    cu_seqlens_q,
-    positions,
+    pools,
+    paged,
     out,
     lse,
     scale_log2,
     num_seqs,
-    table_stride,
-    q_row_stride,
-    q_head_stride,
-    out_row_stride,
-    out_head_stride,
-    out_split_stride,
+    strides,
     HEAD_DIM: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -66,8 +60,11 @@ def _attend(
 ):
     """out = softmax2(scale_log2 * q K^T) V over this program's share of the keys; lse = log2 of the sum.
 
-    Grid: (row tiles, KV heads, SPLITS). WINDOW 0: none. With SPLITS 1 `lse` is unused.
+    Grid: (row tiles, KV heads, SPLITS). WINDOW 0: none. With SPLITS 1 `lse` is unused. strides: of the
+    table's rows; of rows and heads of q; of rows, heads and splits of out.
     """
+    block_table, cu_seqlens_q, positions = paged
+    table_stride, q_row_stride, q_head_stride, out_row_stride, out_head_stride, out_split_stride = strides
     ROWS: tl.constexpr = BLOCK_M // GROUP
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -85,11 +82,9 @@ def _attend(
         row_ok = (m // GROUP < ROWS) & (row < end)
         in_dim = d < HEAD_DIM
         row64 = row.to(tl.int64)
-        q_md = tl.load(
-            q + row64[:, None] * q_row_stride + head[:, None] * q_head_stride + d[None, :],
-            mask=row_ok[:, None] & in_dim[None, :],
-            other=0.0,
-        )
+        own_ok = row_ok[:, None] & in_dim[None, :]
+        own = q + row64[:, None] * q_row_stride + head[:, None] * q_head_stride + d[None, :]
+        q_md = tl.load(own, mask=own_ok, other=0.0)
         position = tl.load(positions + row, mask=row_ok, other=-1)
 
         stop = tl.max(position) + 1
@@ -108,13 +103,11 @@ def _attend(
         for key_start in range(start, stop, BLOCK_N):
             key_at = key_start + tl.arange(0, BLOCK_N)
             key_ok = key_at < stop
-            page = tl.load(block_table + seq * table_stride + key_at // PAGE_SIZE, mask=key_ok, other=0).to(
-                tl.int64
-            )
-            slot = (page * PAGE_SIZE + key_at % PAGE_SIZE) * KV_HEADS + kv_head
+            page = tl.load(block_table + seq * table_stride + key_at // PAGE_SIZE, mask=key_ok, other=0)
+            slot = (page.to(tl.int64) * PAGE_SIZE + key_at % PAGE_SIZE) * KV_HEADS + kv_head
             at_nd = slot[:, None] * HEAD_DIM + d[None, :]
             kv_mask = key_ok[:, None] & in_dim[None, :]
-            k_nd = tl.load(key_pool + at_nd, mask=kv_mask, other=0.0)
+            k_nd = tl.load(pools[0] + at_nd, mask=kv_mask, other=0.0)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * scale_log2
             seen = key_ok[None, :] & (key_at[None, :] <= position[:, None])
             if WINDOW > 0:
@@ -127,26 +120,17 @@ def _attend(
             p_mn = tl.exp2(s_mn - safe_top[:, None])
             fade = tl.exp2(top - safe_top)
             total = total * fade + tl.sum(p_mn, 1)
-            v_nd = tl.load(value_pool + at_nd, mask=kv_mask, other=0.0)
+            v_nd = tl.load(pools[1] + at_nd, mask=kv_mask, other=0.0)
             acc_md = acc_md * fade[:, None] + tl.dot(p_mn.to(v_nd.dtype), v_nd, input_precision="ieee")
             top = new_top
 
         acc_md = acc_md / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(
-            out
-            + split.to(tl.int64) * out_split_stride
-            + row64[:, None] * out_row_stride
-            + head[:, None] * out_head_stride
-            + d[None, :],
-            acc_md.to(out.dtype.element_ty),
-            mask=row_ok[:, None] & in_dim[None, :],
-        )
+        own = out + split.to(tl.int64) * out_split_stride + row64[:, None] * out_row_stride
+        own += head[:, None] * out_head_stride + d[None, :]
+        tl.store(own, acc_md.to(out.dtype.element_ty), mask=own_ok)
         if SPLITS > 1:
-            tl.store(
-                lse + (row64 * (KV_HEADS * GROUP) + head) * SPLITS + split,
-                tl.where(total == 0.0, float("-inf"), top + tl.log2(total)),
-                mask=row_ok,
-            )
+            sums = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+            tl.store(lse + (row64 * (KV_HEADS * GROUP) + head) * SPLITS + split, sums, mask=row_ok)
 
 
 @triton.jit
@@ -156,15 +140,15 @@ def _join(
     cu_seqlens_q,
     out,
     num_seqs,
-    parts_split_stride,
-    out_row_stride,
-    out_head_stride,
+    strides,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[row, head] = sum over splits of parts * 2^lse / sum of 2^lse. Grid: (rows, HEADS)."""
+    """out[row, head] = sum over splits of parts * 2^lse / sum of 2^lse. Grid: (rows, HEADS). strides: of
+    splits of parts; of rows and heads of out."""
+    parts_split_stride, out_row_stride, out_head_stride = strides
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     if row < tl.load(cu_seqlens_q + num_seqs):  # rows of no sequence were not computed
@@ -173,37 +157,21 @@ def _join(
         in_dim = d < HEAD_DIM
         weight = tl.load(lse + (row * HEADS + head) * SPLITS + split)
         weight = tl.exp2(weight - tl.max(weight))
-        part_sd = tl.load(
-            parts
-            + split.to(tl.int64)[:, None] * parts_split_stride
-            + (row * HEADS + head) * HEAD_DIM
-            + d[None, :],
-            mask=in_dim[None, :],
-            other=0.0,
-        )
+        part = parts + split.to(tl.int64)[:, None] * parts_split_stride + (row * HEADS + head) * HEAD_DIM
+        part_sd = tl.load(part + d[None, :], mask=in_dim[None, :], other=0.0)
         mean = tl.sum(part_sd * weight[:, None], 0) / tl.sum(weight)
-        tl.store(
-            out + row * out_row_stride + head * out_head_stride + d,
-            mean.to(out.dtype.element_ty),
-            mask=in_dim,
-        )
+        own = out + row * out_row_stride + head * out_head_stride + d
+        tl.store(own, mean.to(out.dtype.element_ty), mask=in_dim)
 
 
 def paged_attention(
-    q: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    positions: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    out: Tensor | None = None,
+    q: Tensor, pools: Pair, paged: Paged, scale: float, window: int | None = None, out: Tensor | None = None
 ) -> Tensor:
     """`weaveinf.ops.attention.paged_attention` on CUDA tensors of float32, bfloat16 or float16."""
     rows, heads, head_dim = q.shape
-    page_size, kv_heads = key_pool.shape[1:3]
-    seqs = block_table.shape[0]
+    page_size, kv_heads = pools[0].shape[1:3]
+    table, starts, positions, _ = paged
+    seqs = table.shape[0]
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if rows == 0 or seqs == 0:
         return out
@@ -213,8 +181,8 @@ def paged_attention(
     if wide and kv_heads == 1 and group > 16 and group % 16 == 0:
         # The sums of more heads would not stay in registers: they go as rows.
         n, flat = group // 16, (-1, 16, head_dim)
-        where = block_table, cu_seqlens_q * n, positions.repeat_interleave(n)
-        paged_attention(q.reshape(flat), key_pool, value_pool, *where, scale, sliding_window, out.view(flat))
+        spread = Paged(table, starts * n, positions.repeat_interleave(n))
+        paged_attention(q.reshape(flat), pools, spread, scale, window, out.view(flat))
         return out
     # tl.dot wants 16 at least. Few rows (decode) take the smallest tile, prompts a large one; float32 has
     # no tensor cores, and larger tiles than these would not stay in registers.
@@ -226,41 +194,25 @@ def paged_attention(
         if rows > 4 * seqs:
             block_m = max(block_m, 128 if rows > 64 * seqs else 64)
     tiles = rows // (block_m // group) + seqs
-    reach = block_table.shape[1] * page_size
-    if sliding_window is not None:
-        reach = min(reach, sliding_window + block_m // group)
+    reach = table.shape[1] * page_size
+    if window is not None:
+        reach = min(reach, window + block_m // group)
     shares = splits(tiles * kv_heads, reach // (4 * block_n))
-    if shares == 1:
-        parts = out.unsqueeze(0)
-        lse = out
-    else:
+    parts, lse = out.unsqueeze(0), out
+    if shares > 1:
         parts = torch.empty((shares, rows, heads, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((rows, heads, shares), dtype=torch.float32, device=q.device)
-    strides = q.stride(0), q.stride(1), parts.stride(1), parts.stride(2), parts.stride(0)
+    strides = table.stride(0), *q.stride()[:2], parts.stride(1), parts.stride(2), parts.stride(0)
     _attend[(tiles, kv_heads, shares)](
-        *(q, key_pool, value_pool, block_table, cu_seqlens_q, positions, parts, lse, scale * LOG2E, seqs),
-        *(block_table.stride(0), *strides),
-        HEAD_DIM=head_dim,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        PAGE_SIZE=page_size,
-        WINDOW=sliding_window or 0,
-        SPLITS=shares,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
+        *(q, pools, (table, starts, positions), parts, lse, scale * LOG2E, seqs, strides),
+        *(head_dim, kv_heads, group, page_size, window or 0, shares, block_m, block_n, block_d),
         num_warps=4 if block_m <= 64 else 8,
         num_stages=1 if wide else 2,
     )
     if shares > 1:
-        _join[(rows, heads)](
-            *(parts, lse, cu_seqlens_q, out, seqs, parts.stride(0), out.stride(0), out.stride(1)),
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            SPLITS=shares,
-            BLOCK_D=block_d,
-            num_warps=2,
-        )
+        strides = parts.stride(0), *out.stride()[:2]
+        given = parts, lse, starts, out, seqs, strides, heads, head_dim, shares, block_d
+        _join[(rows, heads)](*given, num_warps=2)
     return out
 
 

@@ -23,10 +23,7 @@ def _experts(
     starts,
     shares,
     out,
-    num_experts,
-    n,
-    k,
-    x_stride,
+    sizes,
     TOP_K: tl.constexpr,
     UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -36,8 +33,9 @@ def _experts(
     """out[p] = x[order[p] // TOP_K] W^T (UP), or out[order[p]] = shares[order[p]] * x[p] W^T.
 
     Pair p belongs to expert e where starts[e] <= p < starts[e + 1]; weights: the address of each expert's
-    W [n, k]. Grid: (row tiles, column tiles).
+    W [n, k]. sizes: how many experts, n, k, the stride of x. Grid: (row tiles, column tiles).
     """
+    num_experts, n, k, x_stride = sizes
     tile = tl.program_id(0)
     expert = owner(starts, num_experts, tile, BLOCK_M)
     begin = tl.load(starts + expert)
@@ -68,11 +66,8 @@ def _experts(
             acc_mn = tl.dot(x_mk, tl.trans(w_nk), acc_mn, input_precision="ieee")
         if not UP:
             acc_mn = acc_mn * tl.load(shares + chosen, mask=pair_ok, other=0.0)[:, None]
-        tl.store(
-            out + target[:, None] * n + column[None, :],
-            acc_mn.to(out.dtype.element_ty),
-            mask=pair_ok[:, None] & column_ok[None, :],
-        )
+        at_mn = out + target[:, None] * n + column[None, :]
+        tl.store(at_mn, acc_mn.to(out.dtype.element_ty), mask=pair_ok[:, None] & column_ok[None, :])
 
 
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, inner: int, shares: Tensor, ids: Tensor) -> Tensor:
@@ -97,21 +92,8 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, inner: int, shares: Tensor, id
         block_m = min(max(16, triton.next_power_of_2(pairs // experts)), 128 if wide else 32)
         block_n = 128 if wide else 64
         _experts[(pairs // block_m + experts, triton.cdiv(n, block_n))](
-            x,
-            weights,
-            order,
-            starts,
-            shares,
-            out,
-            experts,
-            n,
-            x.shape[1],
-            x.stride(0),
-            TOP_K=top_k,
-            UP=up,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=64 if wide else 32,
+            *(x, weights, order, starts, shares, out, (experts, n, x.shape[1], x.stride(0))),
+            *(top_k, up, block_m, block_n, 64 if wide else 32),
             num_warps=8 if block_m == 128 else 4,
             num_stages=3,
         )

@@ -12,22 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, Memo
 from weaveinf.ops import select
-from weaveinf.selectors.selector import (
-    ANSWER,
-    DENSE,
-    Budgets,
-    Choosing,
-    Heads,
-    Memo,
-    PerRow,
-    RowFacts,
-    Segment,
-    Selector,
-    TokensOfHeads,
-    segments,
-)
+from weaveinf.selectors.segments import ANSWER, DENSE, PerRow, RowFacts, Segment, TokensOfHeads
+from weaveinf.selectors.selector import Budgets, Choosing, Heads, Selector
 
 
 class HeadsChoice:
@@ -98,8 +86,7 @@ class ByHead(Selector, ABC):
         return np.where(facts.answers_beyond(self._dense_below), ANSWER, DENSE)
 
     def _segments(self, batch: Batch) -> list[tuple[Segment, HeadsChoice | None]]:
-        facts = RowFacts.of(batch, self.budgets)
-        found = segments(batch, facts, self.kinds(facts))
+        found = self.cut(batch)
         return [(s, None if s.per_row is None else self.candidates(s.per_row)) for s in found]
 
     @abstractmethod

@@ -34,7 +34,8 @@ from weaveinf.cache.batch import Batch
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.by_head import ByHead, HeadsChoice
-from weaveinf.selectors.selector import Budgets, Choosing, Heads, PerRow, Settings, TokensOfHeads
+from weaveinf.selectors.segments import PerRow, TokensOfHeads
+from weaveinf.selectors.selector import Budgets, Choosing, Heads, Settings
 
 Sets = Literal["kv_head", "query_head"]
 Memory = Literal["device", "host"]

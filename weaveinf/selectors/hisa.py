@@ -21,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch, put
+from weaveinf.cache.batch import Batch, Memo, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import index, select
 from weaveinf.ops.index import IndexKeys
-from weaveinf.selectors.selector import DENSE, Budgets, Heads, Memo, PerRow, RowFacts, Selector, Settings
+from weaveinf.selectors.segments import DENSE, PerRow, RowFacts
+from weaveinf.selectors.selector import Budgets, Heads, Selector, Settings
 
 POOL = "hisa means"
 MOST = 1 << 30

@@ -25,24 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch
+from weaveinf.cache.batch import Batch, Memo
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.ops import select
 from weaveinf.ops.norm import rms_norm
-from weaveinf.selectors.selector import (
-    ANSWER,
-    DENSE,
-    Budgets,
-    Choosing,
-    Heads,
-    Memo,
-    RowFacts,
-    Segment,
-    Selector,
-    Settings,
-    Tokens,
-    segments,
-)
+from weaveinf.selectors.segments import ANSWER, DENSE, RowFacts, Segment, Tokens, segments
+from weaveinf.selectors.selector import Budgets, Choosing, Heads, Selector, Settings
 
 Positions = NDArray[np.int64]
 
@@ -197,7 +185,7 @@ class LazySelector(Selector):
         return found
 
     def _segments(self, batch: Batch, stage: int) -> list[Segment]:
-        facts = RowFacts.of(batch, self.budgets)
+        facts = RowFacts.of(batch, self.budgets.of_slot)
         lazy = np.array([slot in self._requests for slot in batch.state_slot.tolist()])
         kinds = np.where(lazy[facts.seq], ANSWER, DENSE) if stage else np.zeros(len(facts.seq), np.int64)
         found = segments(batch, facts, kinds)

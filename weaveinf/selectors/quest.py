@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch, put
+from weaveinf.cache.batch import Batch, Memo, put
 from weaveinf.cache.pools import Pools, PoolSpec
 from weaveinf.ops import select
 from weaveinf.selectors.by_head import ByHead, HeadsChoice
-from weaveinf.selectors.selector import Budgets, Heads, Memo, PerRow, Settings, TokensOfHeads
+from weaveinf.selectors.segments import PerRow, TokensOfHeads
+from weaveinf.selectors.selector import Budgets, Heads, Settings
 
 POOL = "quest bounds"
 

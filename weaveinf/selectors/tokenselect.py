@@ -27,25 +27,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weaveinf.cache.batch import Batch, put
+from weaveinf.cache.batch import Batch, Memo, put
 from weaveinf.ops import select
+from weaveinf.ops.attention import Paged
 from weaveinf.ops.rope import rope_
-from weaveinf.selectors.selector import (
-    ANSWER,
-    DENSE,
-    PROMPT,
-    Budgets,
-    Choosing,
-    Heads,
-    Memo,
-    PerRow,
-    RowFacts,
-    Segment,
-    Selector,
-    Settings,
-    Tokens,
-    segments,
-)
+from weaveinf.selectors.segments import ANSWER, DENSE, PROMPT, PerRow, RowFacts, Segment, Tokens
+from weaveinf.selectors.selector import Budgets, Choosing, Heads, Selector, Settings
 
 Positions = Literal["original", "compacted"]
 CHUNK = 512
@@ -147,15 +134,14 @@ class TokenSelector(Selector):
         return np.where((facts.budget > 0) & (seen > least), asked, DENSE)
 
     def _segments(self, batch: Batch) -> list[tuple[Segment, _Answers | _Chunks | None]]:
-        facts = RowFacts.of(batch, self.budgets)
         of_kind: dict[int, type[_Answers] | type[_Chunks]] = {ANSWER: _Answers, PROMPT: _Chunks}
-        found = segments(batch, facts, self.kinds(facts))
+        found = self.cut(batch)
         for segment in found:
             if self.unrotated and segment.per_row is None:
                 table, longest = segment.block_table, int(batch.host.positions[segment.rows].max()) + 1
                 index = torch.arange(longest, dtype=torch.int32, device=table.device).repeat(len(table), 1)
                 slots = _slots(index, table, self._page)
-                seq = facts.seq[segment.rows]
+                seq = segment.facts.seq
                 bounds = np.searchsorted(seq, np.arange(seq[0], seq[-1] + 2)).tolist()
                 segment.chosen = self._tokens(slots, segment.cu_seqlens, segment.positions, bounds)
         return [
@@ -239,8 +225,9 @@ class Compacted(Tokens):
             here = torch.arange(len(k) * count, dtype=torch.int32, device=k.device)
             rope_(k.flatten(0, 1), self.rotary, here % count)
             turned = rope_(q[rows].clone(), self.rotary, self.positions[rows])
-            where = here.view(-1, count), self.cu_seqlens[part.start : part.stop + 1] - rows.start
-            select.attend(turned, k, v, *where, self.positions[rows], scale, out[rows])
+            starts = self.cu_seqlens[part.start : part.stop + 1] - rows.start
+            paged = Paged(here.view(-1, count), starts, self.positions[rows])
+            select.attend(turned, k, v, paged, scale, out[rows])
 
 
 class _Answers:

@@ -214,13 +214,12 @@ def _event(rank: int, span: Span) -> dict[str, Any]:
     }
 
 
-_COLOURS = {
-    ("block", 0): "#2b6cb0",
-    ("block", 1): "#dd6b20",
-    ("seam", 0): "#90cdf4",
-    ("seam", 1): "#fbd38d",
-    ("wait", 0): "#e2e8f0",
-    ("wait", 1): "#e2e8f0",
+_LOOKS = {
+    ("block", 0): ("#2b6cb0", "blocks of half A"),
+    ("block", 1): ("#dd6b20", "of half B"),
+    ("seam", 0): ("#90cdf4", "seams of half A"),
+    ("seam", 1): ("#fbd38d", "of half B"),
+    ("wait", 0): ("#e2e8f0", "waiting"),
 }
 
 
@@ -239,18 +238,14 @@ def draw(file: Path, ranks: Mapping[int, Sequence[Span]]) -> None:
     axes = figure.add_subplot()
     origin = min(span.start for spans in ranks.values() for span in spans if span.step == chosen)
     for rank, spans in ranks.items():
-        for span in spans:
-            if span.step != chosen:
-                continue
+        for span in (span for span in spans if span.step == chosen):
             row = 2.5 * (len(ranks) - 1 - rank) + (span.kind != "seam")
             left, width = (span.start - origin) * 1e3, (span.end - span.start) * 1e3
-            colour = _COLOURS[span.kind, span.half]
+            colour, _ = _LOOKS[span.kind, 0 if span.kind == "wait" else span.half]
             axes.barh(row, width, left=left, height=0.9, color=colour, edgecolor="white", linewidth=0.3)
     rows = [2.5 * (len(ranks) - 1 - rank) + part for rank in ranks for part in (1, 0)]
     axes.set_yticks(rows, [f"rank {rank} {part}" for rank in ranks for part in ("blocks", "seams")])
     axes.set_xlabel("ms")
-    names = {("block", 0): "blocks of half A", ("block", 1): "of half B", ("seam", 0): "seams of half A"}
-    names |= {("seam", 1): "of half B", ("wait", 0): "waiting"}
-    legend = [Patch(color=_COLOURS[kind], label=name) for kind, name in names.items()]
+    legend = [Patch(color=colour, label=label) for colour, label in _LOOKS.values()]
     figure.legend(handles=legend, ncols=5, loc="upper center", frameon=False)
     figure.savefig(file, bbox_inches="tight")

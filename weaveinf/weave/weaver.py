@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from weaveinf.models.layers import Model
 
 _PROBE_ROWS = 1024
+Int32s = NDArray[np.int32]
 
 
 def nothing(x: Tensor | None, batch: Batch, out: Tensor) -> None:
@@ -118,12 +119,7 @@ class Weaver:
             chain, seams = recorder.chain(chain), recorder.seams(seams)
         return run(chain, halves, seams, self._ranks.votes, ctas, self._pruner)
 
-    def plan(
-        self,
-        num_computed: NDArray[np.int32],
-        num_query: NDArray[np.int32],
-        num_prompt_tokens: NDArray[np.int32],
-    ) -> Plan:
+    def plan(self, num_computed: Int32s, num_query: Int32s, num_prompt_tokens: Int32s) -> Plan:
         """How a step of these sequences is to run; without a planner it predicts nothing."""
         if self.why:
             return unplanned(0, self.why)
@@ -133,13 +129,7 @@ class Weaver:
             plan = replace(plan, cut=cut) if cut else unplanned(0, "the selector allows no cut")
         return plan
 
-    def _legal(
-        self,
-        cut: int,
-        num_computed: NDArray[np.int32],
-        num_query: NDArray[np.int32],
-        num_prompt_tokens: NDArray[np.int32],
-    ) -> int:
+    def _legal(self, cut: int, num_computed: Int32s, num_query: Int32s, num_prompt_tokens: Int32s) -> int:
         """The last cut up to `cut` that the selector allows, or the end of the sequence that it falls into; 0
         where that is the step's."""
         ends = np.cumsum(num_query)
@@ -150,17 +140,14 @@ class Weaver:
         found = start + max(legal, 0) or int(ends[s])
         return found if found < ends[-1] else 0
 
-    def _plan(self, num_computed: NDArray[np.int32], num_query: NDArray[np.int32]) -> Plan:
+    def _plan(self, num_computed: Int32s, num_query: Int32s) -> Plan:
         rows = int(num_query.sum())
         if isinstance(self.repeated, Graphs):
             rows = self.repeated.planned(rows)
         if self.planner is None:  # weave="on"
-            legal = cuts(rows, 1)
-            return (
-                unplanned(legal[len(legal) // 2], "weave is on")
-                if legal
-                else unplanned(0, "too small to cut")
-            )
+            if legal := cuts(rows, 1):
+                return unplanned(legal[len(legal) // 2], "weave is on")
+            return unplanned(0, "too small to cut")
         before = np.cumsum(num_query) - num_query
         in_first = np.clip(rows // 2 - before, 0, num_query).astype(np.float64)
 
