@@ -140,12 +140,16 @@ class LLM:
         if not all(isinstance(own, SamplingParams) for own in params):
             raise ValueError("params must be SamplingParams, one for all prompts or one for each")
         answers: list[_Answer] = []
+        schemas = {own.json_schema for own in params}
+        grammars = {s: None if s is None else self.engine.compile(s) for s in schemas}
         with self._lock:
             try:
                 for prompt, own in zip(batch, params, strict=True):
                     text = prompt if isinstance(prompt, str) else None
                     ids = self.engine.encode(prompt) if isinstance(prompt, str) else prompt
-                    answers.append(_Answer(text, self.engine.add(ids, own)))
+                    answers.append(
+                        _Answer(text, self.engine.add(ids, own, grammar=grammars[own.json_schema]))
+                    )
             except BaseException as error:
                 self._abort(answers)
                 if isinstance(error, ValueError) and len(batch) > 1:
