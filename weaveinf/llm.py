@@ -140,6 +140,9 @@ class LLM:
         if not all(isinstance(own, SamplingParams) for own in params):
             raise ValueError("params must be SamplingParams, one for all prompts or one for each")
         answers: list[_Answer] = []
+        for schema in {own.json_schema for own in params}:
+            if schema is not None:
+                self.engine.compile(schema)  # without the lock: others' steps go on
         with self._lock:
             try:
                 for prompt, own in zip(batch, params, strict=True):

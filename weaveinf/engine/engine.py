@@ -19,6 +19,7 @@ from weaveinf.engine.executor import Executor
 from weaveinf.engine.request import Request, SamplingParams, make_requests, mix_seed
 from weaveinf.engine.scheduler import Scheduler
 from weaveinf.engine.step import Step
+from weaveinf.engine.structured import Grammar, Grammars
 from weaveinf.engine.tokenizer import FILES, TextTokenizer, load_tokenizer
 from weaveinf.selectors.selector import Selector
 
@@ -65,6 +66,7 @@ class Engine:
             **self._selecting(worker.selector),
         )
         self._path = worker.path
+        self._grammars = Grammars(worker.path, self.model_config.vocab_size, self.model_config.eos_token_ids)
         self._ids = count()
         self._seeds = count()
         self._sequences: dict[int, _Sequence] = {}
@@ -113,6 +115,15 @@ class Engine:
             raise ValueError(f"{self._path} has no tokenizer ({', '.join(FILES)}): give prompts as token ids")
         return self.tokenizer
 
+    def compile(self, json_schema: str) -> Grammar:
+        """The grammar of a JSON schema. Any thread may call it; it takes seconds where it has to start.
+
+        Raises:
+            ValueError: naming json_schema, when there can be none.
+        """
+        self._required_tokenizer()
+        return self._grammars.compile(json_schema)
+
     def add(
         self,
         prompt_token_ids: Sequence[int],
@@ -123,8 +134,9 @@ class Engine:
     ) -> list[int]:
         """Queues a prompt; returns the ids of its `params.n` sequences.
 
-        salt: prefix pages are shared with prompts of the same salt only. priority: lower comes first.
-        seed: where `params` names none; None: the engine's next one.
+        A schema that was not compiled lately (`compile`) is now. salt: prefix pages are shared with prompts
+        of the same salt only. priority: lower comes first. seed: where `params` names none; None: the
+        engine's next one.
 
         Raises:
             ValueError: when it can never be served; nothing is queued then.
@@ -146,8 +158,11 @@ class Engine:
         ids = [next(self._ids) for _ in range(params.n)]
         requests = make_requests(ids[0], prompt_token_ids, params, vocab_size, fallback, salt, priority)
         streams = [self._stream(request) for request in requests]
+        grammar = None if params.json_schema is None else self.compile(params.json_schema)
         for request, stream in zip(requests, streams, strict=True):
             self.scheduler.add(request)
+            if grammar is not None:
+                request.constraint = grammar.begin(request.id, params.ignore_eos)
             self._sequences[request.id] = _Sequence(request, stream)
         return ids
 
@@ -162,24 +177,26 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Lets the ranks do one step; returns what came of it, or of one before it."""
+        ended = [(request, list[int]()) for request in self.scheduler.constrain()]
         step = self.scheduler.schedule()
         if step is not None:
             plan = self.executor.worker.weaver.plan(step.num_computed, step.num_query, step.num_prompt_tokens)
             step.cut, step.seam_ctas, step.why = plan.cut, plan.seam_ctas, plan.why
             self.executor.submit(step)
             self._under_way.append(step)
-        if not self._under_way or (step is not None and len(self._under_way) <= self.executor.ahead):
-            return []
-        output = self.executor.collect()
-        events = self.scheduler.update(self._under_way.popleft(), output)
+        events: list[tuple[Request, list[int]]] = []
+        if self._under_way and (step is None or len(self._under_way) > self.executor.ahead):
+            output = self.executor.collect()
+            events = self.scheduler.update(self._under_way.popleft(), output)
         return [
             self._update(self._sequences[request.id], tokens)
-            for request, tokens in events
+            for request, tokens in ended + events
             if request.id in self._sequences
         ]
 
     def close(self) -> None:
         """Ends the ranks; may be called again."""
+        self._grammars.close()
         self.executor.close()
 
     def _stream(self, request: Request) -> TextStream | None:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from weaveinf.engine.structured import Constraint
+
 MAX_N = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -74,7 +76,9 @@ class SamplingParams:
     logprobs: for each sampled token its own and that many best alternatives' log-probabilities,
     of the model's raw logits. selector_budget: how many cached tokens the engine's selector may choose for
     this request (of LazyLLM: how many percent of a prompt go on), 0 for all, None for as many as its settings
-    say. stop strings are cut from the text, stop token ids and the end-of-sequence token stay in `token_ids`.
+    say. json_schema: the text of a JSON schema that the answer satisfies, unless another limit cuts it off;
+    it ends where nothing can follow, whatever min_tokens. stop strings are cut from the text, stop token ids
+    and the end-of-sequence token stay in `token_ids`.
     """
 
     temperature: float = 1.0
@@ -95,6 +99,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     selector_budget: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -114,6 +119,8 @@ class SamplingParams:
         put("stop_token_ids", _stop_ids(self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+        if not isinstance(self.json_schema, str | None):
+            raise ValueError(f"json_schema must be the text of a JSON schema, got {self.json_schema!r:.80}")
         put("n", _integer("n", self.n, 1, MAX_N))
         put("min_tokens", _integer("min_tokens", self.min_tokens, 0, _INT32_MAX))
         optional = {
@@ -167,6 +174,7 @@ class Request:
     """Requests share prefix pages only with those of the same salt."""
     priority: int = 0
     """Lower comes first."""
+    constraint: Constraint | None = None
 
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
@@ -200,6 +208,11 @@ class Request:
             self.logprobs = []
         if self.params.prompt_logprobs is not None and self.index == 0:
             self.prompt_logprobs = [None] * len(self.prompt_token_ids)
+
+    @property
+    def unmasked(self) -> bool:
+        """Whether its grammar must say first what may come next."""
+        return self.constraint is not None and self.constraint.mask is None
 
     @property
     def num_known(self) -> int:

@@ -2,7 +2,7 @@
 rank.
 
 Order of operations: logit bias and the ban of end tokens (`min_tokens`), penalties (repetition,
-frequency, presence), temperature, min_p, top_k, top_p. Log-probabilities are those of the raw
+frequency, presence), masks, temperature, min_p, top_k, top_p. Log-probabilities are those of the raw
 logits. A batch costs only what its rows ask for: one vote for greedy and freely sampled rows
 together, one or two more when a row has top_p, top_k or min_p, one for log-probabilities.
 """
@@ -31,6 +31,7 @@ PROMPT_BLOCK = 64
 """Rows of logits that exist at a time when prompt log-probabilities are wanted."""
 
 Rows = NDArray[np.integer[Any]]
+NO_ROWS: Rows = np.empty(0, np.int64)
 Head = Callable[[Tensor], Tensor]
 """x [rows, hidden] -> float32 logits [rows, vocab_shard] of this rank, -inf beyond the
 vocabulary."""
@@ -113,12 +114,13 @@ class Sampler:
         samples = np.count_nonzero(sampling_now)
         if samples == len(x) == step.num_seqs and not len(step.targets):
             # The common case: every sequence samples from its row.
-            return self.sample(head(x), step.state_slot, step.output_position)
+            return self.sample(head(x), step.state_slot, step.output_position, step.masked, step.masks)
         output = StepOutput(np.empty(0, np.int64))
         ends = np.cumsum(step.num_logits, dtype=np.int64)
         if samples:
             logits = head(_take(x, ends[sampling_now] - 1))
-            output = self.sample(logits, step.state_slot[sampling_now], step.output_position[sampling_now])
+            slots, positions = step.state_slot[sampling_now], step.output_position[sampling_now]
+            output = self.sample(logits, slots, positions, step.masked, step.masks)
         if len(step.targets):
             wanted: list[Sequence[SampledLogprobs | None] | None] = [None] * step.num_seqs
             first = 0
@@ -132,14 +134,17 @@ class Sampler:
             output.prompt_logprobs = wanted
         return output
 
-    def sample(self, logits: Tensor, slots: Rows, positions: Rows) -> StepOutput:
+    def sample(
+        self, logits: Tensor, slots: Rows, positions: Rows, masked: Rows = NO_ROWS, masks: Rows = NO_ROWS
+    ) -> StepOutput:
         """One token for each row, of the request in its slot, at these positions of its output.
 
-        logits: float32 [samples, vocab_shard], left as they are. A token is -1 where none can be
-        chosen (NaN or infinite logits, or everything banned); the other rows are not touched by
-        that.
+        logits: float32 [samples, vocab_shard], left as they are. masked, masks: see `Step`. A token
+        is -1 where none can be chosen (NaN or infinite logits, or everything banned); the other rows
+        are not touched by that.
         """
-        tokens = self._vote(self._draw(self._shape(logits, slots, positions), slots, positions))
+        shaped = self._shape(logits, slots, positions, masked, masks)
+        tokens = self._vote(self._draw(shaped, slots, positions))
         self.last_token.index_copy_(0, self.put(slots.astype(np.int64)), tokens)
         self._history.append(slots, tokens, self.shard.start)
         return StepOutput(tokens.cpu().numpy(), self._logprobs(logits, tokens, slots))
@@ -158,12 +163,12 @@ class Sampler:
                 out[row] = logprob
         return out
 
-    def _shape(self, logits: Tensor, slots: Rows, positions: Rows) -> Tensor:
-        """The logits after bias, bans and penalties: a copy if any row has one of them."""
+    def _shape(self, logits: Tensor, slots: Rows, positions: Rows, masked: Rows, masks: Rows) -> Tensor:
+        """The logits after bias, bans, penalties and masks: a copy if any row has one of them."""
         biased = [(i, s) for i, s in enumerate(slots.tolist() if self._bias else ()) if s in self._bias]
         banned = np.flatnonzero(positions < self._min_tokens[slots]).tolist() if self._banned else ()
         penalised = self._history.known(slots)
-        if not (biased or banned or len(penalised)):
+        if not (biased or banned or len(penalised) or len(masked)):
             return logits
         shaped = logits.clone()
         for row, slot in biased:
@@ -174,6 +179,13 @@ class Sampler:
         if len(penalised):
             rows = self.put(penalised)
             shaped[rows] = self._history.penalise(shaped[rows], slots[penalised])
+        if len(masked):
+            bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+            own = bits[:, self.shard.start : self.shard.start + self.shard.width]
+            rows = self.put(masked)
+            some = shaped[rows]  # their columns behind the vocabulary are -inf anyway
+            some[:, : own.shape[1]].masked_fill_(self.put(own == 0), -torch.inf)
+            shaped[rows] = some
         return shaped
 
     def _draw(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:

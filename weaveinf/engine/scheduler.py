@@ -8,6 +8,8 @@ only the token tells (an end-of-sequence id) is found late, and the samples that
 All ranks run all steps in order. So a page or a slot that is given up here may go to another
 request in the very next step, whatever is still under way, and a page that a scheduled step fills
 may be shared by the next one; but never by a request of the same step.
+
+A request that follows a grammar is not run ahead: its row needs a mask, which depends on the token before.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from weaveinf.cache.blocks import BlockAllocator, legal_cut
 from weaveinf.engine.prefix import Prefixes, Shape
 from weaveinf.engine.request import Request, TokenLogprob
 from weaveinf.engine.step import PER_SEQUENCE, Admission, SampledLogprobs, Step, StepOutput
+from weaveinf.engine.structured import WAIT_S, Mask
 
 
 class _Run(NamedTuple):
@@ -91,6 +94,7 @@ class Scheduler:
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._released: list[int] = []  # slots given up since the last step was described
         self._flights: deque[_Flight] = deque()
+        self._unmasked: list[Request] = []  # whose grammars were asked for the next mask
         self._number = 0
 
     @property
@@ -154,6 +158,8 @@ class Scheduler:
             self._waiting.remove(request)
         else:
             return
+        if request.constraint is not None:
+            request.constraint.grammar.drop(request.id)
         request.status = "finished"
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.id]
@@ -167,6 +173,25 @@ class Scheduler:
             raise RuntimeError("a state slot is lost or taken twice")
 
     # What runs next
+
+    def constrain(self) -> list[Request]:
+        """Takes the masks that have come, waiting a little; returns the requests that grammars ended."""
+        if not self._unmasked:
+            return []
+        alone = not self._flights and len(self._unmasked) >= len(self._running)
+        ended, asked = [], self._unmasked
+        self._unmasked = []
+        for request in asked:
+            if request.status == "finished" or request.constraint is None:
+                continue
+            grammar = request.constraint.grammar
+            grammar.read(WAIT_S if alone or not grammar.late else 0)
+            if request.constraint.end is not None:
+                self.finish(request, *request.constraint.end)
+                ended.append(request)
+            elif request.unmasked:
+                self._unmasked.append(request)
+        return ended
 
     def schedule(self) -> Step | None:
         """The next step, or None while there is nothing to run (all waits for `update`).
@@ -185,7 +210,7 @@ class Scheduler:
             prompt, start = len(request.prompt_token_ids), request.num_computed
             total = prompt + len(request.output_token_ids) + request.in_flight
             count = total - start
-            if total >= request.limit:  # its last sample is under way
+            if total >= request.limit or request.unmasked:  # its last sample is under way, or its mask
                 count = 0
             elif count > 1:
                 end = start + min(count, spare + 1)
@@ -254,7 +279,8 @@ class Scheduler:
             if self.blocks.num_free <= len(self._running):  # spares the search for hits
                 break
             request = self._waiting[0]
-            if request.in_flight:  # preempted: its last tokens must arrive before it starts over
+            # Preempted: its last tokens must arrive before it starts over.
+            if request.in_flight or request.unmasked:
                 break
             known, prompt = request.num_known, len(request.prompt_token_ids)
             hits = self._prefixes.hits(request)
@@ -293,6 +319,8 @@ class Scheduler:
         tokens: list[int] = []
         pages: list[int] = []
         targets: list[int] = []
+        masked: list[int] = []
+        masks: list[Mask] = []
         flight = _Flight(self._number, [], [])
         for request, start, end, new_pages in runs:
             prompt, outputs = len(request.prompt_token_ids), len(request.output_token_ids)
@@ -311,6 +339,10 @@ class Scheduler:
             if end == known + request.in_flight:
                 position = outputs + request.in_flight
                 request.in_flight += 1
+                if request.constraint is not None and request.constraint.mask is not None:
+                    masked.append(len(flight.sampled))
+                    masks.append(request.constraint.mask)
+                    request.constraint.mask = None
                 flight.sampled.append(request)
             logits = wanted or int(position >= 0)
             counts = (end - start, prompt, logits, wanted, len(new_pages))
@@ -322,7 +354,10 @@ class Scheduler:
         columns: list[Any] = [*table[:-1], table[-1] > 0]
         flat = [np.array(ids, np.int64) for ids in (tokens, pages, targets, self._released)]
         self._released = []
-        return Step(flight.number, admissions, *columns, *flat)
+        step = Step(flight.number, admissions, *columns, *flat)
+        if masked:
+            step.masked, step.masks = np.array(masked, np.int64), np.stack(masks)
+        return step
 
     def update(self, step: Step, output: StepOutput) -> list[tuple[Request, list[int]]]:
         """Takes the results of the oldest step under way: (request, its new tokens) of each that
@@ -358,6 +393,9 @@ class Scheduler:
                 self.finish(request, "stop", token if token in params.stop_token_ids else None)
             elif request.num_known >= request.limit:
                 self.finish(request, "length")
+            elif request.constraint is not None:
+                request.constraint.grammar.ask(request.constraint, token)
+                self._unmasked.append(request)
             events.append((request, [token]))
         return events
 

@@ -14,7 +14,7 @@ Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 Float64s = NDArray[np.float64]
 
-MAGIC = 0x77656176_00000004
+MAGIC = 0x77656176_00000005
 """First word of a packed step; its low half is the layout's version."""
 
 PER_SEQUENCE = (
@@ -39,12 +39,16 @@ _FLOATS = (
     "presence_penalty",
 )
 _ARRAYS = ("banned_ids", "bias_ids", "bias_values", "prompt_token_ids", "output_token_ids")
-_HEADER = 11
+_HEADER = 13
 _FIXED = len(_INTEGERS) + len(_FLOATS) + len(_ARRAYS)
 
 
 def _none() -> Int64s:
     return np.empty(0, np.int64)
+
+
+def _no_masks() -> Int64s:
+    return np.empty((0, 0), np.int64)
 
 
 def _no_values() -> Float64s:
@@ -103,6 +107,9 @@ class Step:
     Flat int64 arrays, in sequence order: token_ids, new_pages, targets; and released: the slots of requests
     that ended or were preempted since the step before, which come first. Then come admissions: they empty a
     slot's row before this step's pages are appended.
+
+    masked: which of the samples may be certain tokens only, ascending; masks int64 [masked, words]: which,
+    a bit for each token id.
     """
 
     number: int
@@ -120,6 +127,8 @@ class Step:
     new_pages: Int64s
     targets: Int64s
     released: Int64s = field(default_factory=_none)
+    masked: Int64s = field(default_factory=_none)
+    masks: Int64s = field(default_factory=_no_masks)
     cut: int = 0
     seam_ctas: tuple[int, int] = (0, 0)
     why: str = ""
@@ -156,11 +165,13 @@ class Step:
                 len(self.token_ids),
                 len(self.targets),
                 len(self.released),
+                *self.masks.shape,
             ],
             np.int64,
         )
         parts: list[Any] = [header, *[getattr(self, name) for name in PER_SEQUENCE]]
         parts += [self.token_ids, self.new_pages, self.targets, self.released]
+        parts += [self.masked, self.masks.ravel()]
         for admission in self.admissions:
             parts += _pack_admission(admission)
         words: Int64s = np.concatenate(parts, dtype=np.int64, casting="safe")
@@ -176,7 +187,9 @@ class Step:
         if words.dtype != np.int64 or words.ndim != 1 or len(words) < _HEADER or words[0] != MAGIC:
             raise ValueError("not a packed step")
         total, number, cut, *ctas = words[1:6].tolist()
-        sequences, admissions, tokens, targets, released = counts = words[6:_HEADER].tolist()
+        sequences, admissions, tokens, targets, released, masked, words_each = counts = words[
+            6:_HEADER
+        ].tolist()
         if total != len(words) or min(counts) < 0:
             raise ValueError(f"a packed step of {total} words came as {len(words)}")
         reader = _Reader(words, _HEADER)
@@ -195,11 +208,17 @@ class Step:
             new_pages=reader.take(int(rows["num_new_pages"].sum(dtype=np.int64))),
             targets=reader.take(targets),
             released=reader.take(released),
+            masked=reader.take(masked),
+            masks=reader.take(masked * words_each).reshape(masked, words_each),
             cut=cut,
             seam_ctas=(ctas[0], ctas[1]),
         )
         if not 0 <= cut < max(step.num_tokens, 1):
             raise ValueError("a packed step is cut where it has no rows")
+        if masked and not (
+            step.masked[0] >= 0 and step.masked[-1] < step.num_samples and (np.diff(step.masked) > 0).all()
+        ):
+            raise ValueError("a packed step masks what it does not sample")
         step.admissions = [_unpack_admission(reader) for _ in range(admissions)]
         if reader.at != len(words):
             raise ValueError("a packed step is longer than its parts")

@@ -93,6 +93,12 @@ class _Routes:
         tokenizer = self._tokenizer(body.model)
         offered = tools.offered(body)
         params = body.params(tools.required(body, offered))
+        if params.json_schema is not None:
+            try:  # now, and in a thread that text does not need
+                await asyncio.to_thread(self._engine.engine.compile, params.json_schema)
+            except ValueError as error:
+                field = "tools" if body.response_format is None else "response_format"
+                raise ApiError(400, str(error), field) from None
         prompt = await self._text(self._render, body, offered)
         job = self._job(body, [prompt], params)
         return await self._reply(http, body, job, ChatAnswer(body, job, offered, tokenizer))

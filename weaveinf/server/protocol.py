@@ -200,14 +200,18 @@ class ChatRequest(Sampling):
     def _some(cls, tools: list[Tool] | None) -> list[Tool] | None:
         return tools or None
 
-    def params(self, schema: str | None) -> SamplingParams:
+    def params(self, calls: str | None) -> SamplingParams:
+        """calls: the schema of an answer that must be tool calls."""
+        form = self.response_format.schema_text() if self.response_format is not None else None
+        if None not in (calls, form):
+            raise ValueError("response_format and a tool_choice that requires calls exclude each other")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens are the same; give one")
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         best = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling(max_tokens=most, logprobs=best)
+        return self.sampling(max_tokens=most, logprobs=best, json_schema=form or calls)
 
 
 class TokenizeRequest(Body):
