@@ -44,6 +44,8 @@ SURFACE = {
     | {"--load-format", "--batch", "--prompt-tokens", "--decode-tokens", "--repeats", "--trace", "--json"},
     "bench throughput": ENGINE
     | {"--load-format", "--requests", "--prompt-tokens", "--output-tokens", "--trace", "--json"},
+    "bench serve": {"--url", "--model", "--clients", "--requests", "--prompt-tokens", "--output-tokens"}
+    | {"--vocab-size", "--api-key-file", "--json"},
     "bench overlap": ENGINE | {"--load-format", "--tokens", "--decode", "--pairs", "--trace", "--json"},
     "bench selectors": {"--methods", "--tokens", "--batch", "--heads", "--kv-heads", "--head-dim", "--turns"}
     | {"--json"},

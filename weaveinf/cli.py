@@ -64,6 +64,18 @@ def parser() -> argparse.ArgumentParser:
     throughput.add_argument("--output-tokens", type=int, default=128, help="tokens of each (128)")
     _results(throughput)
 
+    load = _command(kinds, "serve", "clients of a running OpenAI-compatible server, ours or another")
+    add = load.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)")
+    add("--model", help="what the server calls it (the first it names)")
+    add("--clients", type=int, nargs="+", default=[1, 8, 32, 128], help="at a time (1 8 32 128)")
+    add("--requests", type=int, help="of all clients together (twice the clients, at least 16)")
+    add("--prompt-tokens", type=int, default=128, help="random ones of each request (128)")
+    add("--output-tokens", type=int, default=64, help="of each answer (64)")
+    add("--vocab-size", type=int, default=32000, help="prompts hold ids below it (32000)")
+    add("--api-key-file", metavar="FILE", help="its first word is the key (none)")
+    _json(load)
+
     overlap = _command(kinds, "overlap", "what weaving hides, beside the same steps whole")
     _engine(overlap)
     _load_format(overlap)

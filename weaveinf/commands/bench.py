@@ -12,14 +12,15 @@ import numpy as np
 from tqdm import trange
 
 from weaveinf.cli import settings
-from weaveinf.commands import overlap, selectors
+from weaveinf.commands import overlap, selectors, serve_load
 from weaveinf.commands.report import Machine, Work, steps, tell_trace, what_ran, write_json
 from weaveinf.engine.request import SamplingParams
 from weaveinf.llm import LLM
 
 
 def run(args: argparse.Namespace) -> None:
-    kinds = {"latency": latency, "throughput": throughput, "overlap": overlap.run, "selectors": selectors.run}
+    kinds = {"latency": latency, "throughput": throughput, "serve": serve_load.run}
+    kinds |= {"overlap": overlap.run, "selectors": selectors.run}
     kinds[args.bench](args)
 
 
