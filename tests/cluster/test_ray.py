@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+import weaveinf
 from tests.cluster.harness import ROOT, config, eventually, make_model, tokens
 from tests.models.harness import make_checkpoint
 from weaveinf import LLM, SamplingParams
@@ -36,7 +37,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "t" * 32)
@@ -204,3 +205,34 @@ print("tokens", *tokens(cluster, 0, 3))
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "asks for no token" in line]
     assert "RAY_AUTH_MODE=token" in line
+
+
+def test_a_data_set_goes_through_two_engines(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import ray.data
+
+    from weaveinf.server.ray_data import Generate
+
+    demo = str(Path(weaveinf.__file__).parent / "assets" / "demo")
+    texts = [f"The number {i} " for i in range(12)]
+    small = {key: value for key, value in SMALL.items() if key != "show_progress"} | {"max_model_len": 128}
+    with LLM(demo, **SMALL, max_model_len=128) as llm:
+        expected = {text: llm.generate(text, GREEDY)[0] for text in texts}
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    done = (
+        ray.data.from_items([{"prompt": text, "row": i} for i, text in enumerate(texts)])
+        .repartition(4)
+        .map_batches(
+            Generate,
+            fn_constructor_args=(demo, GREEDY),
+            fn_constructor_kwargs={**small, "tensor_parallel_size": 2},
+            compute=ray.data.ActorPoolStrategy(size=2),
+            batch_size=3,
+            num_cpus=0,
+        )
+        .take_all()
+    )
+    assert sorted(row["row"] for row in done) == [*range(12)]
+    for row in done:
+        one = expected[row["prompt"]]
+        assert (row["text"], [*row["token_ids"]], row["finish_reason"]) == (one.text, one.token_ids, "length")

@@ -47,7 +47,7 @@ class Seat(NamedTuple):
         return cls(node, ray.util.get_node_ip_address(), card, is_token_auth_enabled())
 
     @property
-    def index(self) -> int | None:
+    def place(self) -> int | None:
         """Of the card, among those that this process sees."""
         if self.card is None:
             return None
@@ -66,7 +66,7 @@ def connect() -> str:
 
 def share(device: str) -> dict[str, float]:
     """What a rank takes of its node; with "auto", GPUs where the cluster has some."""
-    if device == "cuda" or device == "auto" and ray.cluster_resources().get("GPU"):
+    if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU")):
         return {"GPU": 1.0}
     return {"CPU": 1.0}
 
@@ -150,7 +150,7 @@ class Actors:
         except BaseException:
             self.signal(signal.SIGTERM)
             raise
-        self.card = seats.get(0, here).index
+        self.card = seats.get(0, here).place
         # Ranks of a node are neighbours, and those of rank 0's node the first.
         order = sorted(range(1, size), key=lambda b: (seats[b].node != here.node, seats[b].node, b))
         self._places = {rank: (self._actors[bundle], seats[bundle]) for rank, bundle in enumerate(order, 1)}
@@ -213,4 +213,4 @@ class _Actor:
         for stream in (sys.stdout, sys.stderr):  # rank 0's Ray shows it before each line from here
             print(f"{LOG_PREFIX_ACTOR_NAME}rank {rank}", file=stream, flush=True)
         store = dist.TCPStore(host, port, timeout=timedelta(seconds=LOADING_S))
-        return follow(EngineConfig(**config), store, rank, size, Seat.mine().index)
+        return follow(EngineConfig(**config), store, rank, size, Seat.mine().place)
