@@ -16,42 +16,24 @@ import pytest
 import torch
 
 import weaveinf
-from tests.cluster.harness import ROOT, config, eventually, make_model, tokens
+from tests.cluster.harness import config, eventually, make_model, tokens
 from tests.models.harness import make_checkpoint
+from tests.ray_cluster import ray_cluster
 from weaveinf import LLM, SamplingParams
 from weaveinf.cluster.launch import launch
 from weaveinf.comm.errors import RankDied
 
 ray = pytest.importorskip("ray")
-pytest.importorskip("ray.cluster_utils")
 from weaveinf.cluster import ray as actors  # noqa: E402
 
-NODE = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_gib": 0.05, "show_progress": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[Any]:
-    from ray._private.authentication_test_utils import reset_auth_token_state
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", "t" * 32)
-        reset_auth_token_state()
-        one = Cluster(initialize_head=True, head_node_args=NODE)
-        try:
-            one.add_node(**NODE)
-            patch.setenv("RAY_ADDRESS", one.address)
-            ray.init(log_to_driver=True)
-            yield one
-        finally:
-            ray.shutdown()
-            one.shutdown()
-    reset_auth_token_state()
+    with ray_cluster(2, num_cpus=2) as one:
+        yield one
 
 
 @pytest.fixture
