@@ -19,6 +19,8 @@ DEMO = str(Path(__file__).parents[1] / "weaveinf" / "assets" / "demo")
 ENGINE = {
     "MODEL",
     "--tp",
+    "--executor",
+    "--placement",
     "--device",
     "--dtype",
     "--weave",

@@ -172,6 +172,8 @@ def _engine(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a hub id")
     add("--tp", type=int, help="number of ranks (1; under torchrun all of its)")
+    add("--executor", help="what starts the ranks: local, or ray for actors in its cluster (local)")
+    add("--placement", help="of Ray's actors: pack on few nodes, or spread over many (pack)")
     add("--device", help="auto, cpu or cuda (auto)")
     add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
     add("--weave", help="auto, off or on (auto)")

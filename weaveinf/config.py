@@ -10,8 +10,10 @@ import torch
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Executor = Literal["local", "ray"]
 IndexKeys = Literal["exact", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
+Placement = Literal["pack", "spread"]
 Weave = Literal["auto", "off", "on"]
 
 PAGE_SIZE = 16
@@ -25,6 +27,8 @@ class EngineConfig:
     Attributes:
         model: a directory in the Hugging Face layout, or a hub id.
         tensor_parallel_size: number of ranks.
+        executor: what starts the ranks above 0: "local", as processes of this machine, or "ray", as actors.
+        placement: of Ray's actors: "pack" on few nodes, or "spread" over many.
         device: "auto" takes CUDA where there is one.
         dtype: "auto" takes the checkpoint's.
         weave: whether batches are cut in two halves ("on" is strict, see DESIGN section 1).
@@ -47,6 +51,8 @@ class EngineConfig:
 
     model: str
     tensor_parallel_size: int = 1
+    executor: Executor = "local"
+    placement: Placement = "pack"
     device: Device = "auto"
     dtype: DType = "auto"
     weave: Weave = "auto"
@@ -62,6 +68,8 @@ class EngineConfig:
     trace: str | None = None
 
     def __post_init__(self) -> None:
+        _one_of("executor", self.executor, Executor)
+        _one_of("placement", self.placement, Placement)
         _one_of("device", self.device, Device)
         _one_of("dtype", self.dtype, DType)
         _one_of("weave", self.weave, Weave)

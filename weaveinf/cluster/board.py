@@ -21,20 +21,22 @@ class Process:
     """A rank's process, as other processes of its host can find it.
 
     host: of one boot and one namespace of process ids. started: clock ticks since the boot, so that
-    another process with the same id is not taken for it. cores: those it may run on.
+    another process with the same id is not taken for it. cores: those it may run on. card: the GPU it was
+    given, among those it sees; None: by its place among the host's ranks.
     """
 
     host: str
     pid: int
     started: str
     cores: tuple[int, ...]
+    card: int | None = None
 
     @classmethod
-    def mine(cls) -> Process:
+    def mine(cls, card: int | None = None) -> Process:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         host = f"{boot} {os.readlink('/proc/self/ns/pid')}"
         cores = tuple(sorted(os.sched_getaffinity(0)))
-        return cls(host, os.getpid(), _stat(os.getpid())[1], cores)
+        return cls(host, os.getpid(), _stat(os.getpid())[1], cores, card)
 
     def alive(self) -> bool:
         """Whether it runs (or is stopped). Only of use on its own host."""
@@ -103,9 +105,9 @@ class Board:
         self._store = dist.PrefixStore("weaveinf/cluster", store.clone())  # type: ignore[attr-defined]
         self._count = 0
 
-    def enter(self) -> None:
-        """Says that this rank's process is here, and loading."""
-        self._store.set(f"process/{self.rank}", json.dumps(asdict(Process.mine())))
+    def enter(self, card: int | None = None) -> None:
+        """Says that this rank's process is here, and loading; `card`: see `Process`."""
+        self._store.set(f"process/{self.rank}", json.dumps(asdict(Process.mine(card))))
         self.beat("loading", 0)
 
     def processes(self) -> list[Process] | None:

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from weaveinf.engine.worker import Progress, Worker
 from weaveinf.models.config import ModelConfig
 from weaveinf.models.loader import resolve
 from weaveinf.selectors.registry import at_once
+
+if TYPE_CHECKING:
+    from weaveinf.cluster.ray import Actors
 
 log = logging.getLogger("weaveinf")
 
@@ -55,9 +59,23 @@ def launch(config: EngineConfig, progress: Progress | None = None) -> Cluster:
     path = _look_at_model(config)
     if size == 1:
         return Cluster(config, None, None, progress)
+    found = replace(config, model=str(path.absolute()), revision=None)
+    if config.executor == "ray":
+        return _launch_actors(config, found, progress)
     store, port = make_store(LOADING_S)
-    found = replace(config, model=str(path), revision=None)
     return Cluster(config, store, Children(found, size, port), progress)
+
+
+def _launch_actors(config: EngineConfig, found: EngineConfig, progress: Progress | None) -> Cluster:
+    try:
+        from weaveinf.cluster.ray import Actors, connect
+    except ImportError as error:
+        raise ValueError(f"executor='ray' needs Ray ({error}); pip install 'weaveinf[ray]'") from None
+    if not Path(config.model).is_dir():  # every node fetches the same commit
+        found = replace(config, revision=Path(found.model).name)
+    host = connect()
+    store, port = make_store(LOADING_S, host)
+    return Cluster(config, store, Actors(found, host, port), progress)
 
 
 def _look_at_model(config: EngineConfig) -> Path:
@@ -78,6 +96,8 @@ def _join_torchrun(config: EngineConfig, progress: Progress | None) -> Cluster:
                 f"tensor_parallel_size={given}, but torchrun started {size} ranks; leave it out or "
                 f"use torchrun's --nproc-per-node {given}"
             )
+        if config.executor != "local":
+            raise ValueError(f"executor={config.executor!r}, but torchrun started the ranks; leave one out")
         if _taken:
             raise ValueError(
                 "torchrun's ranks already serve an engine; for several engines in a process start "
@@ -111,7 +131,7 @@ class Cluster:
         self,
         config: EngineConfig,
         store: dist.Store | None,
-        children: Children | None,
+        children: Children | Actors | None,
         progress: Progress | None,
     ) -> None:
         self._driver = _Driver(config, store, children, progress)
@@ -161,7 +181,7 @@ class _Driver:
         self,
         config: EngineConfig,
         store: dist.Store | None,
-        children: Children | None,
+        children: Children | Actors | None,
         progress: Progress | None,
     ) -> None:
         self.worker: Worker | None = None

@@ -1,4 +1,4 @@
-"""A rank that follows rank 0: one of torchrun's, or a process that `spawn` started."""
+"""A rank that follows rank 0: one of torchrun's, an actor of Ray's, or a process that `spawn` started."""
 
 from __future__ import annotations
 
@@ -49,14 +49,17 @@ def main() -> None:
     os._exit(code)  # no teardown that could hang
 
 
-def follow(config: EngineConfig, store: dist.Store, rank: int, size: int) -> int:
-    """Runs the worker of a rank above 0 until rank 0 says stop; returns the exit status."""
+def follow(config: EngineConfig, store: dist.Store, rank: int, size: int, card: int | None = None) -> int:
+    """Runs the worker of a rank above 0 until rank 0 says stop; returns the exit status.
+
+    `card`: see `Process`.
+    """
     faulthandler.register(signal.SIGUSR1, STDERR, all_threads=True)
     board = Board(store, rank, size)
     pulse = Pulse(board)
     ranks: Ranks | None = None
     try:
-        processes = meet(board)
+        processes = meet(board, card)
         pulse.start(processes)
         take_share(processes, rank)
         ranks = Ranks.join(rank, size, store, rank_device(config, processes, rank), LOADING_S)
@@ -83,9 +86,9 @@ def follow(config: EngineConfig, store: dist.Store, rank: int, size: int) -> int
         pulse.close()
 
 
-def meet(board: Board) -> list[Process]:
+def meet(board: Board, card: int | None) -> list[Process]:
     """Waits until every rank's process is here. TimeoutError after LOADING_S."""
-    board.enter()
+    board.enter(card)
     deadline = time.monotonic() + LOADING_S
     while (processes := board.processes()) is None:
         if time.monotonic() > deadline:
@@ -112,9 +115,11 @@ def physical(cores: Collection[int]) -> int:
 
 def rank_device(config: EngineConfig, processes: Sequence[Process], rank: int) -> torch.device:
     """The rank's device: with CUDA, one card for each rank of a host."""
-    device = config.torch_device
+    device, given = config.torch_device, processes[rank].card
     if device.type == "cpu":
         return device
+    if given is not None:
+        return torch.device("cuda", given)
     here = [r for r, process in enumerate(processes) if process.host == processes[rank].host]
     if len(here) > torch.cuda.device_count():
         raise ValueError(

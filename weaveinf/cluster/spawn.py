@@ -25,12 +25,12 @@ LAST_WORDS = 20
 """Lines kept of what a rank wrote."""
 
 
-def make_store(seconds: float) -> tuple[dist.TCPStore, int]:
-    """A store served by this process, on the loopback interface only; and its port."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def make_store(seconds: float, host: str = "127.0.0.1") -> tuple[dist.TCPStore, int]:
+    """A store served by this process, at this address only; and its port."""
+    with socket.create_server((host, 0)) as server:
         port = server.getsockname()[1]
         store = dist.TCPStore(
-            "127.0.0.1",
+            host,
             port,
             is_master=True,
             timeout=timedelta(seconds=seconds),
@@ -45,6 +45,9 @@ class Children:
 
     What they write goes to this process's stderr, with the rank before each line.
     """
+
+    card: int | None = None
+    """Rank 0's, see `Process`."""
 
     def __init__(self, config: EngineConfig, size: int, port: int) -> None:
         self.ranks = range(1, size)

@@ -11,11 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from weaveinf.cluster.board import Beat, Board, End, Process
 from weaveinf.cluster.rank import BEAT_S, FAREWELL_S, LOADING_S, LOST_S, STDERR
 from weaveinf.cluster.spawn import Children
 from weaveinf.comm.errors import RankDied
+
+if TYPE_CHECKING:
+    from weaveinf.cluster.ray import Actors
 
 TICK_S = 0.1
 STUCK_S = 60.0
@@ -39,7 +43,7 @@ class Supervisor(threading.Thread):
     Args:
         tell: called once with None when all ranks have loaded, and at most once with the exception that
             ends the run: `RankDied`, rank 0's own, or the ValueError of a user's mistake.
-        children: the ranks' processes; None when another launcher started them. This thread starts
+        children: the ranks' processes or actors; None when another launcher started them. This thread starts
             them, since the kernel ends them with the thread that did.
 
     Attributes:
@@ -48,7 +52,10 @@ class Supervisor(threading.Thread):
     """
 
     def __init__(
-        self, board: Board, children: Children | None, tell: Callable[[Exception | None], None]
+        self,
+        board: Board,
+        children: Children | Actors | None,
+        tell: Callable[[Exception | None], None],
     ) -> None:
         super().__init__(name="supervisor", daemon=True)
         self._begun = self._done = 0  # steps on rank 0
@@ -123,7 +130,7 @@ class Supervisor(threading.Thread):
         try:
             if self._children is not None:
                 self._children.start()
-            self._board.enter()
+            self._board.enter(self._children.card if self._children is not None else None)
             while self.verdict is None and not self._closing.wait(TICK_S):
                 self._look(time.monotonic())
         except Exception as error:  # the store is gone, or no process can be started

@@ -1,0 +1,152 @@
+"""The application under Ray Serve: two engines on a real cluster of three nodes, and one that leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from tests.cluster.harness import eventually
+from tests.ray_cluster import ray_cluster
+from tests.server.harness import DEMO, MODEL
+from weaveinf import LLM, SamplingParams
+
+ray = pytest.importorskip("ray")
+serve = pytest.importorskip("ray.serve")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with ray_cluster(3, num_cpus=1) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Any) -> Iterator[httpx.Client]:
+    from weaveinf.server.ray_app import build
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    text = {"model": DEMO, "served_model_name": MODEL, "device": "cpu", "dtype": "float32"}
+    text |= {"kv_cache_gib": "0.05", "max_model_len": "512", "min_replicas": "2", "max_replicas": "2"}
+    serve.run(build(text), name=MODEL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as one:
+            yield one
+    finally:
+        serve.shutdown()
+
+
+def complete(client: httpx.Client, prompt: str, **body: Any) -> httpx.Response:
+    given = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 8, "ignore_eos": True} | body
+    return client.post("/v1/completions", json=given)
+
+
+def engines() -> dict[str, str]:
+    """The nodes of the engines that serve, by replica."""
+    from ray.serve.context import _get_global_client
+
+    application = _get_global_client().get_serve_details()["applications"][MODEL]
+    replicas = application["deployments"]["Replica"]["replicas"]
+    return {one["replica_id"]: one["node_id"] for one in replicas if one["state"] == "RUNNING"}
+
+
+def seen(client: httpx.Client, name: str) -> set[float]:
+    """A metric of either engine: which one answers, the beginning of the body decides."""
+    pages = [client.request("GET", "/metrics", content=f'"prompt" {i}').text for i in range(12)]
+    return {sum(map(float, re.findall(rf"^weaveinf_{name}(?:{{.*}})? (\S+)$", page, re.M))) for page in pages}
+
+
+def test_answers_are_those_of_one_engine(client: httpx.Client) -> None:
+    prompts = [f"The number {i} is " for i in range(4)]
+    with LLM(DEMO, device="cpu", dtype="float32", max_model_len=512, kv_cache_gib=0.05) as llm:
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        expected = [out.text for out in llm.generate(prompts, params, show_progress=False)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [*pool.map(lambda prompt: complete(client, prompt), prompts)]
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == expected
+    with client.stream(
+        "POST",
+        "/v1/completions",
+        json={"prompt": prompts[0], "temperature": 0, "max_tokens": 8, "ignore_eos": True, "stream": True},
+    ) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert events[-1] == "[DONE]" and len(events) > 4
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == expected[0]
+
+
+def test_refusals_are_the_servers_own(client: httpx.Client) -> None:
+    assert complete(client, "x", nonsense=1).json()["error"]["param"] == "nonsense"
+    assert (
+        client.post(
+            "/v1/completions", content=b"{" * 9, headers={"content-type": "application/json"}
+        ).status_code
+        == 400
+    )
+    large = client.post(
+        "/v1/completions", content=b" " * (5 << 20), headers={"content-type": "application/json"}
+    )
+    assert large.status_code == 413
+    assert client.get("/nowhere").status_code == 404
+
+
+def test_prompts_of_one_beginning_meet_in_one_cache(client: httpx.Client) -> None:
+    beginnings = [f"In part {i} " + "of the whole story " * 30 for i in range(8)]
+    for beginning in beginnings:
+        complete(client, beginning + "one")
+    for beginning in beginnings:
+        used = complete(client, beginning + "two").json()["usage"]
+        assert used["prompt_tokens_details"]["cached_tokens"] > 0
+    assert 0 not in seen(client, "prompt_tokens_total")
+
+
+def test_a_client_that_leaves_ends_its_request(client: httpx.Client) -> None:
+    given = {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=given) as answer:
+        next(answer.iter_lines())
+        assert max(seen(client, "num_requests_running")) == 1
+    assert eventually(lambda: seen(client, "num_requests_running") == {0})
+    assert max(seen(client, "generation_tokens_total")) < 400
+
+
+def test_a_node_leaves_and_the_rest_keep_serving(cluster: Any, client: httpx.Client) -> None:
+    before = engines()
+    assert len(set(before.values())) == 2
+    head = ray.get_runtime_context().get_node_id()
+    lost = next(node for node in before.values() if node != head)
+    cluster.remove_node(
+        next(node for node in cluster.worker_nodes if node.node_id == lost), allow_graceful=False
+    )
+    statuses = []
+
+    def healed() -> bool:
+        statuses.append(complete(client, f"{len(statuses)} is ").status_code)
+        now = engines()
+        return len(now) == 2 and lost not in now.values()
+
+    assert eventually(healed)
+    assert statuses.count(200) > len(statuses) / 2 and set(statuses) <= {200, 500, 503}, statuses
+    assert [complete(client, f"{i} is ").status_code for i in range(8)] == [200] * 8
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"model": DEMO, "colour": 1}, "colour"),
+        ({"model": DEMO, "seed": "-1"}, "seed=-1"),
+        ({"model": DEMO, "port": "x"}, "valid integer"),
+    ],
+)
+def test_wrong_settings_are_named(given: dict[str, Any], words: str) -> None:
+    from weaveinf.server.ray_app import build
+
+    with pytest.raises(ValueError, match=words):
+        build(given)
