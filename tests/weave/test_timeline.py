@@ -63,9 +63,10 @@ def test_the_summary_says_how_much_was_hidden() -> None:
     spans = [
         Span(0, 0, "block", "mlp", 0, 0.0, 0.010),
         Span(0, 0, "seam", "mlp", 0, 0.010, 0.020),
-        Span(0, 0, "wait", "mlp", 0, 0.018, 0.020),
+        Span(0, 1, "block", "mlp", 0, 0.011, 0.019),
+        Span(0, 0, "wait", "mlp", 0, 0.019, 0.020),
     ]
-    assert timeline.summary(spans) == "blocks 10.0 ms, seams 10.0 ms, 80% of them hidden, waits 2.0 ms"
+    assert timeline.summary(spans) == "blocks 18.0 ms, seams 10.0 ms, 80% of them hidden, waits 1.0 ms"
 
 
 def test_a_trace_and_its_picture(recorded: Recorder, tmp_path: Path) -> None:

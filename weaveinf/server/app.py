@@ -42,6 +42,10 @@ from weaveinf.server.tracing import Traced
 T = TypeVar("T")
 log = logging.getLogger("weaveinf")
 
+_PAGE = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; form-action 'none'; "
+    "frame-ancestors 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
+}
 TEXT_THREADS = 2
 """Threads that turn text into tokens, so that the event loop never does."""
 
@@ -232,7 +236,7 @@ class _Routes:
         return status(self._engine, self._model)
 
     async def page(self) -> Response:
-        return HTMLResponse((files("weaveinf") / "assets" / "status.html").read_text())
+        return HTMLResponse((files("weaveinf") / "assets" / "status.html").read_text(), headers=_PAGE)
 
 
 class _Stream(Response):

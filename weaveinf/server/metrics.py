@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from weaveinf import __version__
 from weaveinf.engine.request import Request
-from weaveinf.weave.timeline import Span
+from weaveinf.weave.timeline import Span, hidden_seams
 
 if TYPE_CHECKING:
     from weaveinf.server.async_engine import AsyncEngine, Job
@@ -102,13 +102,10 @@ class Metrics:
         self.success.labels("abort").inc()
 
     def sampled(self, spans: list[Span]) -> None:
-        """A step was recorded: what its ranks waited for their seams was not hidden."""
-        seams, waits = (
-            sum(span.end - span.start for span in spans if span.kind == kind) for kind in ("seam", "wait")
-        )
-        exposed = min(seams, waits)
-        self.communication.labels("seam", "no").inc(exposed)
-        self.communication.labels("seam", "yes").inc(seams - exposed)
+        """A step was recorded."""
+        seams, under = hidden_seams(spans)
+        self.communication.labels("seam", "yes").inc(under)
+        self.communication.labels("seam", "no").inc(seams - under)
 
 
 class EngineCollector:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from weaveinf.server.async_engine import AsyncEngine
+from weaveinf.weave.timeline import hidden_seams
 
 
 def status(at: AsyncEngine, model: str) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def status(at: AsyncEngine, model: str) -> dict[str, Any]:
         name: (1e3 * np.percentile(values, (50, 90, 99))).round(2).tolist() if values else None
         for name, values in recent.items()
     }
+    seams, under = hidden_seams(at.timeline)
+    found["seams_ms"], found["hidden_ms"] = seams * 1e3, under * 1e3
     start = min((span.start for span in at.timeline), default=0.0)
     found["timeline"] = [
         {

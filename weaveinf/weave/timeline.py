@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,16 +163,27 @@ def _mark() -> Any:
     return event
 
 
-def summary(spans: Iterable[Span]) -> str:
+def summary(spans: Sequence[Span]) -> str:
     """One line about some steps of one rank: seams, how much of them lay under blocks, waits."""
     total: dict[str, float] = {"block": 0.0, "seam": 0.0, "wait": 0.0}
     for span in spans:
         total[span.kind] += span.end - span.start
-    hidden = 1 - min(1.0, total["wait"] / total["seam"]) if total["seam"] else 0.0
+    seams, under = hidden_seams(spans)
+    hidden = under / seams if seams else 0.0
     return (
         f"blocks {total['block'] * 1e3:.1f} ms, seams {total['seam'] * 1e3:.1f} ms, "
         f"{hidden:.0%} of them hidden, waits {total['wait'] * 1e3:.1f} ms"
     )
+
+
+def hidden_seams(spans: Sequence[Span]) -> tuple[float, float]:
+    """Seconds of a rank's seams, and for how many of them a block of its ran meanwhile."""
+    blocks, seams = (
+        np.array([(span.start, span.end) for span in spans if span.kind == kind]).reshape(-1, 2)
+        for kind in ("block", "seam")
+    )
+    both = np.minimum(seams[:, None, 1], blocks[:, 1]) - np.maximum(seams[:, None, 0], blocks[:, 0])
+    return float((seams[:, 1] - seams[:, 0]).sum()), float(both.clip(0).sum())
 
 
 def collect(recorder: Recorder, ranks: Ranks) -> dict[int, list[Span]]:
