@@ -172,11 +172,13 @@ class AsyncEngine:
         job.left = job.num_samples
         self._jobs.add(job)
         self._calls.put((self._begin, job))
-        deadline = asyncio.get_running_loop().time() + min(job.timeout_s, self.server.timeout_s)
+        late = ApiError(504, "the request's time is up before its answer was whole")
+        timer = asyncio.get_running_loop().call_later(
+            min(job.timeout_s, self.server.timeout_s), job.fail, late
+        )
         try:
             while job.left:
-                async with asyncio.timeout_at(deadline):
-                    await job.news.wait()
+                await job.news.wait()
                 job.news.clear()
                 if job.error is not None:
                     raise job.error
@@ -186,9 +188,8 @@ class AsyncEngine:
                     job.num_answered += sum(len(piece.token_ids) for piece in pieces)
                     job.shown = True
                     yield pieces
-        except TimeoutError:
-            raise ApiError(504, "the request's time is up before its answer was whole") from None
         finally:
+            timer.cancel()
             self._jobs.discard(job)
             job.ended = True
             if job.left:
