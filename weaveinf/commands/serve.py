@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     server, config = ServerConfig(**given), EngineConfig(**settings(args))
     if os.environ.get("RANK", "0") != "0":
+        # torchrun and Slurm signal every rank: rank 0 finishes what runs, and needs the others for it.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         launch(config)  # serves rank 0, and exits
     logging.raiseExceptions = False  # a log that cannot be written ends nothing
     logging.basicConfig(level=logging.INFO, format="%(message)s")
