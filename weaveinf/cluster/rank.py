@@ -1,7 +1,5 @@
 """A rank that follows rank 0: one of torchrun's, an actor of Ray's, or a process that `spawn` started."""
 
-from __future__ import annotations
-
 import ctypes
 import faulthandler
 import json

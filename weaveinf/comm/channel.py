@@ -1,7 +1,5 @@
 """The control channel: rank 0 tells all others, in order, arrays of int64."""
 
-from __future__ import annotations
-
 import ctypes
 import queue
 import threading

@@ -7,8 +7,6 @@ The sums go in chunks, so that one chunk's norm and way back lie under the next 
 are latency: each rank sends all of them to all, and computes all of them.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -11,8 +11,6 @@ sum, in float32 in rank order, is rounded to the model's dtype, also where it st
 float32 in host order. So a row's result does not depend on who computes it, nor on how many rows there are.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The seam of a single rank: residual add and RMSNorm, nothing to send."""
 
-from __future__ import annotations
-
 import time
 
 import torch

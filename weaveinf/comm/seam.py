@@ -1,7 +1,5 @@
 """The seam between two blocks: partial sums over ranks, residual add, RMSNorm (DESIGN section 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 

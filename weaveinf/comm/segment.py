@@ -7,8 +7,6 @@ an error message and not a SIGBUS. Each rank holds a record lock on one byte of 
 tells the others of the rank's end.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl

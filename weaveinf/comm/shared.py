@@ -1,7 +1,5 @@
 """The seam of CPU ranks on one host: csrc/cpu/shm.cpp, one pass over shared memory, no sockets."""
 
-from __future__ import annotations
-
 import ctypes
 import time
 

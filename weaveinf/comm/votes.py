@@ -1,7 +1,5 @@
 """Sums over ranks that a block needs in its middle: small float32 tensors, in rank order."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Protocol

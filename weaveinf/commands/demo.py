@@ -1,7 +1,5 @@
 """`weaveinf demo`: two ranks on the small model that comes with the package."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from importlib.resources import files

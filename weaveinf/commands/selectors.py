@@ -6,8 +6,6 @@ finding the tokens in their pages and attending. Layers take turns, so that no c
 layer's keys from one turn to the next.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

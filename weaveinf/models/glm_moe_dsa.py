@@ -1,8 +1,6 @@
 """GLM-5 (zai-org): DeepSeek-V3.2 with an indexer that turns neighbouring channels, and some layers that read
 what was chosen in the layer before (arXiv 2603.12201)."""
 
-from __future__ import annotations
-
 from weaveinf.models.config import Fields, ModelConfig
 from weaveinf.models.deepseek_v3 import decoder, latents, layer
 from weaveinf.models.deepseek_v32 import indexing, mixtures

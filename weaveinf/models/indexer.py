@@ -10,8 +10,6 @@ R turns the first channels as attention does its own. Every rank holds all of it
 with no more tokens than it may read reads all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ ascending row indices `kept` that go on. Query heads, the MLP's width and the vo
 over the ranks; what a rank lacks, the seam's sum over ranks adds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar

@@ -11,8 +11,6 @@ So all heads attend over one head of keys [c_t, r_t], whose values are their fir
 is the same on every rank; query heads are split over the ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 

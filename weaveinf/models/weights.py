@@ -4,8 +4,6 @@ A model is built twice by the same code: first on a survey, which reads only nam
 finds every missing, unexpected or misshapen tensor before a byte is read; then on the real thing.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Callable, Sequence

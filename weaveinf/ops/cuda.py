@@ -1,8 +1,6 @@
 """The CUDA C++ of csrc/cuda: compiled by NVRTC through cupy for the GPU at hand when it is first wanted, and
 kept on disk by cupy. No compiler has to be installed."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 from pathlib import Path

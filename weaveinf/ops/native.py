@@ -4,8 +4,6 @@
 that the processor's flags allow is loaded with ctypes, so the GIL is released during every call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 from collections.abc import Sequence

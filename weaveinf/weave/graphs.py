@@ -5,8 +5,6 @@ is padded, so that few graphs serve all steps. Where NCCL sums, only decode step
 drops the other rows of a prompt, and the residual then moves by counts that the host must know.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What the parts of a step cost here: measured once for a model, its ranks and its machine, kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Decode steps on a CPU as tapes (ops/tape.py): all blocks and seams of a step are one call."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
