@@ -37,7 +37,6 @@ class HierarchicalSeam(CollectiveSeam):
     name = "hierarchical"
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
-        assert segment.lib is not None
         hosts = ranks.hosts
         super().__init__(
             ranks, max_rows, hidden, dtype, f"{len(hosts)} hosts with {len(hosts[0])} CPU ranks each"
@@ -135,7 +134,6 @@ class HierarchicalSeam(CollectiveSeam):
 
     def _meet(self, rows: int) -> None:
         """Meets the ranks of this host."""
-        assert segment.lib is not None
         code = segment.lib.weaveinf_meet(ctypes.addressof(self._meeting), rows)
         if code:
             kind, who = divmod(code, 256)

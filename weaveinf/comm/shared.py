@@ -39,7 +39,7 @@ class SharedSeam:
     ctas = (0,)
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
-        assert segment.lib is not None and native.lib is not None
+        assert native.lib is not None
         self._open = Kernel(segment.lib.weaveinf_seam_open, "Pn")
         self._start = Kernel(segment.lib.weaveinf_seam_start, "2PnP3d")
         self._finish = Kernel(segment.lib.weaveinf_seam_finish, "P")

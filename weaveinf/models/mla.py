@@ -101,8 +101,7 @@ class LatentAttention:
             assert selector is None or isinstance(selector, HisaSelector)
             self.indexer.bind(pools, selector)
 
-    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> Kept:
-        assert x is not None
+    def __call__(self, x: Tensor, batch: Batch, out: Tensor) -> Kept:
         self._write(x, batch)
         if self.indexer is not None and self.scores:
             self.indexer.write(x, batch)
