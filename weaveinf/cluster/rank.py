@@ -119,10 +119,8 @@ def rank_device(config: EngineConfig, processes: Sequence[Process], rank: int) -
     if given is not None:
         return torch.device("cuda", given)
     here = [r for r, process in enumerate(processes) if process.host == processes[rank].host]
-    if len(here) > torch.cuda.device_count():
-        raise ValueError(
-            f"{len(here)} ranks on a host with {torch.cuda.device_count()} GPUs; use fewer ranks"
-        )
+    if len(here) > (gpus := torch.cuda.device_count()):
+        raise ValueError(f"{len(here)} ranks on a host with {gpus} GPUs; use fewer ranks")
     return torch.device("cuda", here.index(rank))
 
 

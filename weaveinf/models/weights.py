@@ -80,9 +80,8 @@ class Checkpoint:
                 opened = safe_open(str(file), framework="pt")
                 names = list(opened.keys())
             except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{file} is missing, truncated or corrupt ({error}): fetch it again"
-                ) from error
+                what = f"{file} is missing, truncated or corrupt ({error})"
+                raise ValueError(f"{what}: fetch it again") from error
             for name in names:
                 if name in self._where:
                     raise ValueError(f"tensor {name} is in both {self._where[name]} and {file}")
@@ -267,9 +266,8 @@ class Weights:
         if extra:
             words.append(f"has unexpected {_listed(sorted(extra))}")
         if words:
-            raise ValueError(
-                f"the checkpoint {' and '.join(words)}: config and weights do not belong together"
-            )
+            found = f"the checkpoint {' and '.join(words)}"
+            raise ValueError(f"{found}: config and weights do not belong together")
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
