@@ -1,7 +1,5 @@
 """weaveinf: tensor-parallel LLM inference with communication woven under compute."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

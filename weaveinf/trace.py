@@ -1,7 +1,5 @@
 """Counters of what really ran, written by whoever runs, read by the CLI and the metrics."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -78,10 +78,8 @@ class Batch:
         later = (starts - at).clamp(min=0)
         logits = int(torch.searchsorted(self.logit_rows, at))
         ends = self.seq_lens - later.diff()
-        return (
-            self._rows(slice(0, at), starts.clamp(max=at), ends, self.logit_rows[:logits]),
-            self._rows(slice(at, None), later, self.seq_lens, self.logit_rows[logits:] - at),
-        )
+        before = self._rows(slice(0, at), starts.clamp(max=at), ends, self.logit_rows[:logits])
+        return before, self._rows(slice(at, None), later, self.seq_lens, self.logit_rows[logits:] - at)
 
     def _rows(
         self, rows: Tensor | slice, cu_seqlens_q: Tensor, seq_lens: Tensor, logit_rows: Tensor

@@ -6,8 +6,6 @@ who comes with the same prefix holds the same page, without a copy. A page that 
 its contents until it is needed: unpublished ones go first, then the least recently used.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b

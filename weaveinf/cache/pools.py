@@ -1,7 +1,5 @@
 """One page table, many pools: whoever stores something per token or per page declares it here."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A rank that follows rank 0: one of torchrun's, an actor of Ray's, or a process that `spawn` started."""
 
-from __future__ import annotations
-
 import ctypes
 import faulthandler
 import json
@@ -121,10 +119,8 @@ def rank_device(config: EngineConfig, processes: Sequence[Process], rank: int) -
     if given is not None:
         return torch.device("cuda", given)
     here = [r for r, process in enumerate(processes) if process.host == processes[rank].host]
-    if len(here) > torch.cuda.device_count():
-        raise ValueError(
-            f"{len(here)} ranks on a host with {torch.cuda.device_count()} GPUs; use fewer ranks"
-        )
+    if len(here) > (gpus := torch.cuda.device_count()):
+        raise ValueError(f"{len(here)} ranks on a host with {gpus} GPUs; use fewer ranks")
     return torch.device("cuda", here.index(rank))
 
 

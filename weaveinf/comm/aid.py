@@ -84,7 +84,7 @@ class Aid:
         weights: Sequence[PackedWeight],
         seams: Sequence[SharedSeam],
     ) -> None:
-        assert native.lib is not None and segment.lib is not None
+        assert native.lib is not None
         self._memory = memory
         memory.reserve(0, _REGIONS)
         memory.reserve(region, room)

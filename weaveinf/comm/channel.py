@@ -1,7 +1,5 @@
 """The control channel: rank 0 tells all others, in order, arrays of int64."""
 
-from __future__ import annotations
-
 import ctypes
 import queue
 import threading
@@ -53,7 +51,6 @@ class SharedChannel:
     BYTES = WORDS * 8
 
     def __init__(self, seg: Segment, at: int, lines: int, size: int, silence_s: float) -> None:
-        assert segment.lib is not None
         self._lib = segment.lib
         self._state = _State(seg.group(lines, size, silence_s), seg.address + at, self.WORDS, 0)
         self._address = ctypes.addressof(self._state)

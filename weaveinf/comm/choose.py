@@ -1,7 +1,5 @@
 """Which seam a group of ranks uses: each rank probes, all vote, one is chosen on all."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -7,8 +7,6 @@ The sums go in chunks, so that one chunk's norm and way back lie under the next 
 are latency: each rank sends all of them to all, and computes all of them.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from torch import Tensor
 from weaveinf.comm import segment
 from weaveinf.comm.progress import Job, Sum, Transfers, Waits
 from weaveinf.comm.ranks import Ranks
-from weaveinf.comm.seam import Joint, share_of
+from weaveinf.comm.seam import Joint, Seam, share_of
 from weaveinf.comm.waits import wait_for
 from weaveinf.comm.wire import Connection, Transfer
 from weaveinf.ops import native
@@ -48,12 +46,10 @@ class _Chunk(NamedTuple):
     others: list[Tensor]
 
 
-class CollectiveSeam:
+class CollectiveSeam(Seam):
     """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`."""
 
     name = "collective"
-    fused = False
-    ctas = (0,)
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype, why: str) -> None:
         self.why = why
@@ -76,7 +72,6 @@ class CollectiveSeam:
         self._plans: dict[tuple[int, int], tuple[Any, list[Any]]] = {}
         self._native = bool(self._peers and segment.lib and native.lib and dtype in native.DTYPES)
         self._job: Job | Sum | None = None
-        self.ran: tuple[Any, Any] = 0.0, 0.0
 
     def open(self, rows: int) -> None:
         """See `Seam.open`."""

@@ -1,7 +1,5 @@
 """What goes wrong between ranks."""
 
-from __future__ import annotations
-
 
 class RankDied(RuntimeError):
     """A peer's process is gone, so nothing that needs all ranks can go on.

@@ -11,10 +11,9 @@ sum, in float32 in rank order, is rounded to the model's dtype, also where it st
 float32 in host order. So a row's result does not depend on who computes it, nor on how many rows there are.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,11 +38,9 @@ class HierarchicalSeam(CollectiveSeam):
     name = "hierarchical"
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
-        assert segment.lib is not None
         hosts = ranks.hosts
-        super().__init__(
-            ranks, max_rows, hidden, dtype, f"{len(hosts)} hosts with {len(hosts[0])} CPU ranks each"
-        )
+        why = f"{len(hosts)} hosts with {len(hosts[0])} CPU ranks each"
+        super().__init__(ranks, max_rows, hidden, dtype, why)
         self._native = False  # ranks meet in the midst of it
         self._host = next(h for h, members in enumerate(hosts) if ranks.rank in members)
         self._here = hosts[self._host]
@@ -56,9 +53,8 @@ class HierarchicalSeam(CollectiveSeam):
         at = [pages(len(self._here) * LINE)]
         for shape in shapes:
             at.append(at[-1] + pages(torch.Size(shape).numel() * dtype.itemsize))
-        self._segment = seg = share(
-            at[-1], self._place, lambda words: ranks.agree(words, self._here), ranks.agree
-        )
+        agree_here = partial(ranks.agree, among=self._here)
+        self._segment = seg = share(at[-1], self._place, agree_here, ranks.agree)
         planes = (seg.tensor(offset, shape, dtype) for offset, shape in zip(at, shapes, strict=False))
         self._partials, self._shared_x, self._sums = planes
         self._partial, self._x = self._partials[self._place], self._shared_x
@@ -137,7 +133,6 @@ class HierarchicalSeam(CollectiveSeam):
 
     def _meet(self, rows: int) -> None:
         """Meets the ranks of this host."""
-        assert segment.lib is not None
         code = segment.lib.weaveinf_meet(ctypes.addressof(self._meeting), rows)
         if code:
             kind, who = divmod(code, 256)

@@ -1,31 +1,25 @@
 """The seam of a single rank: residual add and RMSNorm, nothing to send."""
 
-from __future__ import annotations
-
 import time
 
 import torch
 from torch import Tensor
 
-from weaveinf.comm.seam import Joint
+from weaveinf.comm.seam import Joint, Seam
 from weaveinf.ops.embedding import zero_
 from weaveinf.ops.norm import add_rms_norm
 
 
-class LocalSeam:
+class LocalSeam(Seam):
     """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`."""
 
     name = "local"
     why = "one rank"
-    fused = False
-    ctas = (0,)
 
     def __init__(self, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._partial, self._residual, self._x = torch.empty(
-            3, max_rows, hidden, dtype=dtype, device=device
-        ).unbind(0)
+        memory = torch.empty(3, max_rows, hidden, dtype=dtype, device=device)
+        self._partial, self._residual, self._x = memory.unbind(0)
         self._rows = 0
-        self.ran = 0.0, 0.0
 
     def open(self, rows: int) -> None:
         """See `Seam.open`."""

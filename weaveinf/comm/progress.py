@@ -93,7 +93,6 @@ class Sum:
     def wait(self) -> None:
         """See `Job.wait`."""
         if not self.over:
-            assert segment.lib is not None
             outcome = _Outcome()
             here = self._progress.engine, self._handle, ctypes.byref(outcome)
             while segment.lib.weaveinf_streams_wait(*here):
@@ -147,7 +146,7 @@ class Progress:
         """Starts a sum by the struct Plan of streams.cpp at an address, behind all jobs before it; holds what
         that points to."""
         self._start()
-        assert segment.lib is not None and native.lib is not None
+        assert native.lib is not None
         where = self.engine, plan, native.lib.weave_add_rms_norm.address, joint.weight.data_ptr()
         handle = segment.lib.weaveinf_streams_submit(*where, *joint.varied)
         job = Sum(self, handle, (joint, held))
@@ -174,7 +173,7 @@ class Progress:
 
     def _queue(self, job: Job | None) -> None:
         self._jobs.put(job)
-        if self.engine is not None and segment.lib is not None:
+        if self.engine is not None:
             segment.lib.weaveinf_streams_submit(self.engine, None, None, None, 0.0, 0.0, 0.0)
 
     def _issue(self, job: Job) -> None:
@@ -206,7 +205,7 @@ class Progress:
 
     def _next(self) -> Job | None:
         """Runs sums until it is another job's turn."""
-        if self.engine is not None and segment.lib is not None and self.failure is None:
+        if self.engine is not None and self.failure is None:
             outcome = _Outcome()
             silence_ns = int(1e9 * self._silence_s)
             segment.lib.weaveinf_streams_run(self.engine, silence_ns, ctypes.byref(outcome))
@@ -250,7 +249,7 @@ class Progress:
     def _fail(self, error: BaseException) -> None:
         """Nothing runs any more, and no peer waits for this rank."""
         self.failure = self.failure or error
-        if self.engine is not None and segment.lib is not None:
+        if self.engine is not None:
             segment.lib.weaveinf_streams_refuse(self.engine)
         for connection in self._connections:
             connection.end()
@@ -277,5 +276,5 @@ class Progress:
         self._thread = None
 
     def __del__(self) -> None:
-        if self.engine is not None and segment.lib is not None:
+        if self.engine is not None:
             segment.lib.weaveinf_streams_free(self.engine)

@@ -107,15 +107,13 @@ class Ranks:
         if self.device.type == "cuda":
             self.seams = self.group("seams", "cuda", silence)
         able = one_host and self.size <= MAX_RANKS and segment.lib is not None
-        words = SharedVotes.bytes(self.size)
+        lines, words = self.size * LINE, SharedVotes.bytes(self.size)
         if all(self.agree("able" if able else "")):
             try:
-                self.segment = segment.share(
-                    2 * self.size * LINE + words + SharedChannel.BYTES, self.rank, self.agree
-                )
+                size = 2 * lines + words + SharedChannel.BYTES
+                self.segment = segment.share(size, self.rank, self.agree)
             except OSError:
                 self.segment = None  # on every rank; gloo serves as well
-        lines = self.size * LINE
         if self.segment is not None and self.device.type == "cpu":
             self.votes = SharedVotes(self.segment, 2 * lines, 0, self.size, self.silence_s)
         else:

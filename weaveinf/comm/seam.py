@@ -1,7 +1,5 @@
 """The seam between two blocks: partial sums over ranks, residual add, RMSNorm (DESIGN section 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -24,16 +22,15 @@ class Seam(Protocol):
     why: str
     """One line: why this kind was chosen."""
 
-    fused: bool
+    fused: bool = False
     """Whether sum, add and norm are one kernel over the ranks' memory, with nothing to wait for a network."""
 
-    ran: tuple[Any, Any]
+    ran: tuple[Any, Any] = 0.0, 0.0
     """When the latest start's work began and ended, in seconds of the monotonic clock, or two CUDA events;
     valid after finish."""
 
-    @property
-    def ctas(self) -> Sequence[int]:
-        """CTAs of a GPU that `start` may be given; 0, the first: what it takes with nothing beside it."""
+    ctas: Sequence[int] = (0,)
+    """CTAs of a GPU that `start` may be given; 0, the first: what it takes with nothing beside it."""
 
     def open(self, rows: int) -> None:
         """Begins a pass of `rows` rows, the residual zero. ValueError beyond the seam's size."""

@@ -7,8 +7,6 @@ an error message and not a SIGBUS. Each rank holds a record lock on one byte of 
 tells the others of the rank's end.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl
@@ -19,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +81,7 @@ _POINTERS = {"weaveinf_streams", "weaveinf_streams_submit"}
 """What returns one."""
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load() -> tuple[Any, str]:
     path = DIRECTORY / "libweaveinf_shm.so"
     try:
         library = ctypes.CDLL(str(path))

@@ -1,7 +1,5 @@
 """The seam of CPU ranks on one host: csrc/cpu/shm.cpp, one pass over shared memory, no sockets."""
 
-from __future__ import annotations
-
 import ctypes
 import time
 
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from weaveinf.comm import segment
 from weaveinf.comm.ranks import Ranks
-from weaveinf.comm.seam import Joint, share_of
+from weaveinf.comm.seam import Joint, Seam, share_of
 from weaveinf.comm.segment import LINE, Group, check, pages, share
 from weaveinf.ops import native
 from weaveinf.ops.tape import Kernel
@@ -28,7 +26,7 @@ class _State(ctypes.Structure):
     ]
 
 
-class SharedSeam:
+class SharedSeam(Seam):
     """See `Seam`; for up to `max_rows` rows of `hidden` elements of float32 or bfloat16.
 
     `start` runs to its end in the calling thread: there are no other cores to hide it under. OSError on all
@@ -38,10 +36,9 @@ class SharedSeam:
     name = "shared memory"
     why = "CPU ranks of one host"
     fused = True
-    ctas = (0,)
 
     def __init__(self, ranks: Ranks, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
-        assert segment.lib is not None and native.lib is not None
+        assert native.lib is not None
         self._open = Kernel(segment.lib.weaveinf_seam_open, "Pn")
         self._start = Kernel(segment.lib.weaveinf_seam_start, "2PnP3d")
         self._finish = Kernel(segment.lib.weaveinf_seam_finish, "P")
@@ -72,7 +69,6 @@ class SharedSeam:
         self._views: dict[tuple[int, int], Tensor] = {}
         self._rows = 0
         self._began = 0.0
-        self.ran = 0.0, 0.0
         self._size, self._rank, self._max_rows = size, rank, max_rows
 
     def open(self, rows: int) -> None:

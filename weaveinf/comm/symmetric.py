@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weaveinf.comm.progress import Job, Waits
 from weaveinf.comm.ranks import Ranks
-from weaveinf.comm.seam import Joint, share_of
+from weaveinf.comm.seam import Joint, Seam, share_of
 from weaveinf.ops import cuda
 from weaveinf.ops.native import fields
 
@@ -138,7 +138,7 @@ def allocate(ranks: Ranks, nbytes: int) -> Memory:
     return Memory(buffers, handle.multicast_ptr if all_have_it else 0)
 
 
-class SymmetricSeam:
+class SymmetricSeam(Seam):
     """See `Seam`; for up to `max_rows` rows of `hidden` elements of `dtype`.
 
     Every rank makes it; all meet (`Ranks.agree`) before the first start, so that all pads are zero. compiled:
@@ -187,7 +187,6 @@ class SymmetricSeam:
         self._rows, self._fresh = 0, True
         self._held: Any = None
         self._job: Job | None = None
-        self.ran: tuple[Any, Any] = 0.0, 0.0
 
     def _constants(self) -> Call:
         call, here, rank = Call(), self._memory, self._ranks.rank

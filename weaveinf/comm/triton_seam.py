@@ -5,8 +5,6 @@ normalises and spreads its rows, all meet again. So it costs more with few rows.
 any device whose ranks map each other's memory.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Sums over ranks that a block needs in its middle: small float32 tensors, in rank order."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Protocol
@@ -42,7 +40,6 @@ class SharedVotes:
     """Votes through a segment; `at`: byte offset of the slots, `lines`: of the counter lines."""
 
     def __init__(self, seg: Segment, at: int, lines: int, size: int, silence_s: float) -> None:
-        assert segment.lib is not None
         self._sum = segment.lib.weaveinf_votes_sum
         self._state = _State(seg.group(lines, size, silence_s), seg.address + at, _CHUNK)
         self._address = ctypes.addressof(self._state)

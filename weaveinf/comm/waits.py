@@ -1,7 +1,5 @@
 """Waiting for a process group's work, in this package's errors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta

@@ -5,8 +5,6 @@ thread (comm/progress.py, csrc/cpu/streams.cpp) moves the bytes of all; the kern
 transfer is there, not for each packet, so little of a core is taken from what computes on it.
 """
 
-from __future__ import annotations
-
 import secrets
 import select
 import socket

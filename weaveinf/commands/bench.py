@@ -1,7 +1,5 @@
 """`weaveinf bench`: random prompts, a warm-up, medians; every line beside the machine's limits."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """`weaveinf calibrate`: ranks the rotary planes of a model's heads for FASA, on a text."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`weaveinf chat`: a conversation in the terminal."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

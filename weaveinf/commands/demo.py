@@ -1,7 +1,5 @@
 """`weaveinf demo`: two ranks on the small model that comes with the package."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from importlib.resources import files
@@ -28,11 +26,8 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - began
         ran, trace = what_ran(llm), llm.engine.trace
     print(f"\n\n{ran['tp']} ranks, seam: {ran['seam']}, kernels: {ran['kernels']}, {ran['dtype']}")
-    medians = [
-        f"{phase} {milliseconds:.2f} ms"
-        for phase in ("prefill", "decode")
-        if (milliseconds := trace.median_ms(phase)) is not None
-    ]
+    medians = {phase: trace.median_ms(phase) for phase in ("prefill", "decode")}
+    told = ", ".join(f"{phase} {ms:.2f} ms" for phase, ms in medians.items() if ms is not None)
     rate = sum(trace.steps.values()) / seconds  # each step of one sequence makes one token
-    print(f"a step (median): {', '.join(medians)}; {rate:.0f} tokens/s")
+    print(f"a step (median): {told}; {rate:.0f} tokens/s")
     print(trace.summary())

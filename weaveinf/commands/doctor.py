@@ -1,7 +1,5 @@
 """`weaveinf doctor`: what this machine has, which seam and kernels will be used, and why."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -1,7 +1,5 @@
 """`weaveinf generate`: complete prompts, streaming a single one."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,8 +4,6 @@ Every rank runs this itself (under torchrun, which it starts when it was not): a
 turns, so that a slow minute of the machine touches all variants alike.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

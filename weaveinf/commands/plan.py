@@ -1,7 +1,5 @@
 """`weaveinf plan`: what weaving would gain for a model on GPUs that are not here."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

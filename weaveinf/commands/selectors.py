@@ -6,8 +6,6 @@ finding the tokens in their pages and attending. Layers take turns, so that no c
 layer's keys from one turn to the next.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time
@@ -282,10 +280,8 @@ def _step(
 
 
 def _table(about: dict[str, Any]) -> str:
-    lines = [
-        "batch {batch}, {heads} heads, {kv_heads} KV heads of {head_dim}, bfloat16, {threads} threads, "
-        "memory read at {machine_gb_per_s:.1f} GB/s".format(**about)
-    ]
+    head = "batch {batch}, {heads} heads, {kv_heads} KV heads of {head_dim}, bfloat16, {threads} threads, "
+    lines = [(head + "memory read at {machine_gb_per_s:.1f} GB/s").format(**about)]
     for row in about["rows"]:
         text = "{tokens:7d} tokens  {method:29s} {ms:8.3f} ms  {times_dense:6.2f}x".format(**row)
         if "share_of_bandwidth" in row:

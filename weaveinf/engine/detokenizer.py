@@ -1,7 +1,5 @@
 """Tokens to text as they come: whole characters only, and stop strings found across tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer

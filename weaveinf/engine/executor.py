@@ -1,7 +1,5 @@
 """What the engine needs of whoever runs the ranks."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from weaveinf.engine.step import Step, StepOutput

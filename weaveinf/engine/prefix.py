@@ -1,7 +1,5 @@
 """Which pages a request can take over from others, and when it offers its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import takewhile
 

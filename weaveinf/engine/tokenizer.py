@@ -1,7 +1,5 @@
 """Text to tokens: the checkpoint's own tokenizer and chat template, never its code."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

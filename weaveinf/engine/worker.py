@@ -1,7 +1,5 @@
 """One rank: its shard of the model, its caches, and the loop that every launcher runs."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import time

@@ -142,14 +142,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_dict(
-        cls,
-        raw: Mapping[str, Any],
-        max_model_len: int | None = None,
-        where: str = "config.json",
-        at_once: int | None = None,
-    ) -> ModelConfig:
-        """Checks a parsed config.json; see `limited_to`.
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """Checks a parsed config.json.
 
         Raises:
             ValueError: unknown or unsupported architecture, feature or value, naming it.
@@ -171,8 +165,7 @@ class ModelConfig:
                 f"{where} has 'auto_map', code that is never run, and model_type={raw.get('model_type')!r}: "
                 f"use a model of a known family, as {family.model_type!r}"
             )
-        config = family.configure(Fields(raw, where, family.architecture))
-        return config.limited_to(max_model_len, at_once) if max_model_len is not None else config
+        return family.configure(Fields(raw, where, family.architecture))
 
     @classmethod
     def from_path(
@@ -182,7 +175,8 @@ class ModelConfig:
         file = Path(path) / "config.json"
         if not file.is_file():
             raise ValueError(f"{file} does not exist: {path} is not a Hugging Face checkpoint")
-        config = cls.from_dict(read_json(file), max_model_len, str(file), at_once)
+        config = cls.from_dict(read_json(file), str(file))
+        config = config if max_model_len is None else config.limited_to(max_model_len, at_once)
         generation = Path(path) / "generation_config.json"
         if generation.is_file():
             fields = Fields(read_json(generation), str(generation))

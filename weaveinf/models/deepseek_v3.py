@@ -9,8 +9,6 @@ Sigmoids score the experts; a bias that no gradient trained balances which are c
 last, which predict further tokens, are not read.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Every layer is that of DeepSeek-V3, with an `Indexer` in its attention.
 """
 
-from __future__ import annotations
-
 from weaveinf.models.config import Fields, Indexing, ModelConfig
 from weaveinf.models.deepseek_v3 import decoder, dense_first, latents, layer
 from weaveinf.models.registry import Family

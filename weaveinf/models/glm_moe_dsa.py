@@ -1,8 +1,6 @@
 """GLM-5 (zai-org): DeepSeek-V3.2 with an indexer that turns neighbouring channels, and some layers that read
 what was chosen in the layer before (arXiv 2603.12201)."""
 
-from __future__ import annotations
-
 from weaveinf.models.config import Fields, ModelConfig
 from weaveinf.models.deepseek_v3 import decoder, latents, layer
 from weaveinf.models.deepseek_v32 import indexing, mixtures
@@ -23,9 +21,8 @@ def scoring_layers(fields: Fields) -> tuple[bool, ...]:
         return tuple(max(i - first + 1, 0) % every == 0 for i in range(fields.layers))
     known = isinstance(types, list) and len(types) == fields.layers and not set(types) - {"full", "shared"}
     if not known or types[0] != "full":
-        raise fields.refuse(
-            key, f"'full' or 'shared' for each of {fields.layers} layers, the first one 'full'"
-        )
+        wanted = f"'full' or 'shared' for each of {fields.layers} layers, the first one 'full'"
+        raise fields.refuse(key, wanted)
     return tuple(kind == "full" for kind in types)
 
 

@@ -10,8 +10,6 @@ R turns the first channels as attention does its own. Every rank holds all of it
 with no more tokens than it may read reads all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,9 +47,8 @@ class Indexer:
         heads, dim = indexing.heads, indexing.dim
         self.layer = sum(indexing.layers[:layer])  # among those that score
         self.rope = config.latents.rope
-        self.q = weights.packed(
-            rows(f"{name}.wq_b.weight", heads * dim, config.latents.q_rank, range(heads * dim))
-        )
+        width = heads * dim
+        self.q = weights.packed(rows(f"{name}.wq_b.weight", width, config.latents.q_rank, range(width)))
         self.k = weights.packed(rows(f"{name}.wk.weight", dim, config.hidden_size, range(dim)))
         self.k_norm = weights.tensor(Piece(f"{name}.k_norm.weight", (dim,)))
         self.k_bias = weights.tensor(Piece(f"{name}.k_norm.bias", (dim,)))

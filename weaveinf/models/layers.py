@@ -2,11 +2,9 @@
 
 A block turns normalised rows `x`, the same on every rank, into this rank's partial sums:
 `block(x, batch, out)` fills `out` and returns None, or fills `out[:len(kept)]` and returns the
-ascending row indices `kept` that go on. Query heads, the MLP's width and the vocabulary are split
-over the ranks; what a rank lacks, the seam's sum over ranks adds.
+ascending row indices `kept` that go on. (The embedding has no use for `x`.) Query heads, the MLP's
+width and the vocabulary are split over the ranks; what a rank lacks, the seam's sum over ranks adds.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +30,8 @@ from weaveinf.selectors.selector import Heads, Index, Selector
 T = TypeVar("T")
 _KEPT = 32  # row counts of either half, for each kind of block
 Kept = Tensor | None
-Block = Callable[[Tensor | None, Batch, Tensor], Kept | Generator[Tensor, Tensor, Kept]]
+Ran = Kept | Generator[Tensor, Tensor, Kept]
+Block = Callable[[Tensor, Batch, Tensor], Ran]
 
 
 class Scratch:
@@ -127,7 +126,7 @@ class Embedding:
         self.first = share.vocab_start
         self.table = parts.weights.tensor(rows(name, config.vocab_size, config.hidden_size, share.vocab))
 
-    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
+    def __call__(self, x: Tensor, batch: Batch, out: Tensor) -> None:
         embed(batch.input_ids, self.table, self.first, out)
 
 
@@ -144,9 +143,7 @@ class AttentionBlock(Protocol):
         """Gives the layer its part of the pools, and what chooses of them."""
         ...
 
-    def __call__(
-        self, x: Tensor | None, batch: Batch, out: Tensor
-    ) -> Kept | Generator[Tensor, Tensor, Kept]: ...
+    def __call__(self, x: Tensor, batch: Batch, out: Tensor) -> Ran: ...
 
 
 class _Heads(NamedTuple):
@@ -219,8 +216,7 @@ class Attention:
         self.selector = selector
         self.rotates = selector is None or not selector.unrotated
 
-    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> Kept | Generator[Tensor, Tensor, Kept]:
-        assert x is not None
+    def __call__(self, x: Tensor, batch: Batch, out: Tensor) -> Ran:
         s = self.scratch.get("attention, keys" if self.last else "attention", x.shape[0], self._heads)
         linear(x, self.qkv, self.qkv_bias, out=s.kv_rows if self.last else s.qkv)
         if self.q_norm is not None and self.k_norm is not None:
@@ -251,9 +247,7 @@ class Attention:
             rope_(s.q, self.rotary, batch.positions)
         return s
 
-    def _attend(
-        self, s: _Heads, batch: Batch, out: Tensor, kept: Kept
-    ) -> Kept | Generator[Tensor, Tensor, Kept]:
+    def _attend(self, s: _Heads, batch: Batch, out: Tensor, kept: Kept) -> Ran:
         """Attention and the output's product; of all rows, or of those kept."""
         if self.selector is not None:
             return self._attend_to_some(s, batch, out, kept, self.selector)
@@ -304,8 +298,7 @@ class Mlp:
         self.width = len(own)
         self.scratch, self.dtype, self.device = parts.scratch, weights.dtype, weights.device
 
-    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
-        assert x is not None
+    def __call__(self, x: Tensor, batch: Batch, out: Tensor) -> None:
         both, inner = self.scratch.get("mlp", x.shape[0], self._widths)
         linear(x, self.gate_up, self.gate_up_bias, out=both)
         silu_mul(both, out=inner)
@@ -349,8 +342,7 @@ class ExpertMlp:
             down.append(weights.packed(back))
         self.gate_up, self.down = ExpertWeights(gate_up), ExpertWeights(down)
 
-    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> None:
-        assert x is not None
+    def __call__(self, x: Tensor, batch: Batch, out: Tensor) -> None:
         weights, ids = self._route(linear(x, self.router, out_dtype=torch.float32))
         moe(x, self.gate_up, self.down, weights, ids, out)
 

@@ -1,7 +1,5 @@
 """From a path or a Hub id to one rank's share of a model."""
 
-from __future__ import annotations
-
 from hashlib import blake2b
 from pathlib import Path
 

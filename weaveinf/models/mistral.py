@@ -6,18 +6,13 @@ Every layer is
     x = x + Mlp(norm(x))
 """
 
-from __future__ import annotations
-
 from weaveinf.models.config import Fields, ModelConfig
 from weaveinf.models.registry import Family
 
 
 def configure(fields: Fields) -> ModelConfig:
-    return fields.decoder(
-        max_position_embeddings=131072,
-        kv_heads=8,
-        windows=fields.windows(fields.window(4096)),
-    )
+    windows = fields.windows(fields.window(4096))
+    return fields.decoder(max_position_embeddings=131072, kv_heads=8, windows=windows)
 
 
 FAMILY = Family("MistralForCausalLM", "mistral", configure)

@@ -6,8 +6,6 @@ Every layer is
     x = x + ExpertMlp(norm(x))      the weights of the chosen experts sum to one
 """
 
-from __future__ import annotations
-
 from weaveinf.models.config import Experts, Fields, ModelConfig
 from weaveinf.models.layers import Attention, ExpertMlp, Parts
 from weaveinf.models.registry import Family

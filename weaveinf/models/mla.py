@@ -11,8 +11,6 @@ So all heads attend over one head of keys [c_t, r_t], whose values are their fir
 is the same on every rank; query heads are split over the ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 
@@ -103,8 +101,7 @@ class LatentAttention:
             assert selector is None or isinstance(selector, HisaSelector)
             self.indexer.bind(pools, selector)
 
-    def __call__(self, x: Tensor | None, batch: Batch, out: Tensor) -> Kept:
-        assert x is not None
+    def __call__(self, x: Tensor, batch: Batch, out: Tensor) -> Kept:
         self._write(x, batch)
         if self.indexer is not None and self.scores:
             self.indexer.write(x, batch)

@@ -6,8 +6,6 @@ Every layer is
     x = x + Mlp(norm(x))
 """
 
-from __future__ import annotations
-
 from weaveinf.models.config import Fields, ModelConfig
 from weaveinf.models.registry import Family
 

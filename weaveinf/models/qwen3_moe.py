@@ -6,8 +6,6 @@ Every layer is
     x = x + ExpertMlp(norm(x))      or Mlp, by `decoder_sparse_step` and `mlp_only_layers`
 """
 
-from __future__ import annotations
-
 from weaveinf.models.config import Experts, Fields, ModelConfig
 from weaveinf.models.layers import Attention, Block, ExpertMlp, Mlp, Parts
 from weaveinf.models.registry import Family

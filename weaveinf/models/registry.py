@@ -1,7 +1,5 @@
 """Which families exist. A family is one file in this package that defines `FAMILY`."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping

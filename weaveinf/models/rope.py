@@ -34,14 +34,8 @@ _KEYS = {
         "truncate",
     },
 }
-_ALWAYS = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "original_max_position_embeddings",
-    "finetuned",
-}
+_NAMES, _OTHERS = {"rope_type", "type"}, {"original_max_position_embeddings", "finetuned"}
+_ALWAYS = _NAMES | _OTHERS | {"rope_theta", "partial_rotary_factor"}
 
 MAX_TABLE = 1 << 24
 """Positions beyond which a config is not believed; the table is memory of every rank."""
@@ -118,18 +112,15 @@ class Rope:
             if values["low_freq_factor"] >= values["high_freq_factor"]:
                 raise ValueError(f"{where}: rope low_freq_factor must be below high_freq_factor")
         if kind == "yarn":
-            values |= {
-                "beta_fast": number("beta_fast", 32.0),
-                "beta_slow": number("beta_slow", 1.0),
-            }
+            values |= {"beta_fast": number("beta_fast", 32.0), "beta_slow": number("beta_slow", 1.0)}
             values["truncate"] = bool(given.get("truncate", True))
             scale = _magnitude(values["factor"], 1.0)
-            if given.get("mscale") and given.get("mscale_all_dim"):
-                scale = _magnitude(values["factor"], number("mscale", None))
-                scale /= _magnitude(values["factor"], number("mscale_all_dim", None))
-            values["attention_factor"] = number("attention_factor", scale)
             if given.get("mscale_all_dim"):
-                values["score_factor"] = _magnitude(values["factor"], number("mscale_all_dim", None)) ** 2
+                by_dim = _magnitude(values["factor"], number("mscale_all_dim", None))
+                values["score_factor"] = by_dim**2
+                if given.get("mscale"):
+                    scale = _magnitude(values["factor"], number("mscale", None)) / by_dim
+            values["attention_factor"] = number("attention_factor", scale)
         stretched = int(original * values.get("factor", 1.0))
         reach = max_positions if kind in ("default", "llama3") else max(max_positions, stretched)
         default = max_positions if kind == "dynamic" else reach

@@ -4,11 +4,10 @@ A model is built twice by the same code: first on a survey, which reads only nam
 finds every missing, unexpected or misshapen tensor before a byte is read; then on the real thing.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -82,9 +81,8 @@ class Checkpoint:
                 opened = safe_open(str(file), framework="pt")
                 names = list(opened.keys())
             except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{file} is missing, truncated or corrupt ({error}): fetch it again"
-                ) from error
+                what = f"{file} is missing, truncated or corrupt ({error})"
+                raise ValueError(f"{what}: fetch it again") from error
             for name in names:
                 if name in self._where:
                     raise ValueError(f"tensor {name} is in both {self._where[name]} and {file}")
@@ -171,6 +169,7 @@ class Dummy:
             flat[at : at + 4096] = windows[starts[at : at + 4096] % self._PERIOD]
 
 
+@dataclass
 class Weights:
     """One rank's weights: reads its parts, packs them, and keeps account of names and bytes.
 
@@ -178,29 +177,19 @@ class Weights:
     `total` is the number of bytes that a survey found this rank to hold.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        survey: bool = False,
-        progress: Progress | None = None,
-        total: int = 0,
-    ) -> None:
-        self.source = source
-        self.device = device
-        self.dtype = dtype
-        self.survey = survey
-        self.total = total
-        self.done = 0
-        self._progress = progress
-        self._used: set[str] = set()
-        self._missing: list[str] = []
-        self._skipped: tuple[str, ...] = ()
-        # Raw weights on their way into packed ones share this memory: freed one by one, they would leave
-        # holes of their sizes in the heap.
-        self._passage = torch.empty(0, dtype=torch.uint8)
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+    survey: bool = False
+    progress: Progress | None = None
+    total: int = 0
+    done: int = 0
+    _used: set[str] = field(default_factory=set)
+    _missing: list[str] = field(default_factory=list)
+    _skipped: tuple[str, ...] = ()
+    # Raw weights on their way into packed ones share this memory: freed one by one, they would leave
+    # holes of their sizes in the heap.
+    _passage: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def has(self, name: str) -> bool:
         return self.source.find(name) is not None
@@ -241,8 +230,8 @@ class Weights:
             at += count
         whole[at:] = 0
         self.done += size
-        if self._progress is not None:
-            self._progress(self.done, self.total)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
         return whole.to(self.device)
 
     def _look(self, piece: Piece) -> None:
@@ -269,9 +258,8 @@ class Weights:
         if extra:
             words.append(f"has unexpected {_listed(sorted(extra))}")
         if words:
-            raise ValueError(
-                f"the checkpoint {' and '.join(words)}: config and weights do not belong together"
-            )
+            found = f"the checkpoint {' and '.join(words)}"
+            raise ValueError(f"{found}: config and weights do not belong together")
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

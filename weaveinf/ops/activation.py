@@ -1,7 +1,5 @@
 """The gated activation of the MLP."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

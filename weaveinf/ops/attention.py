@@ -1,7 +1,5 @@
 """Attention over a paged cache: rows of many sequences, prefill and decode alike."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple

@@ -1,8 +1,6 @@
 """The CUDA C++ of csrc/cuda: compiled by NVRTC through cupy for the GPU at hand when it is first wanted, and
 kept on disk by cupy. No compiler has to be installed."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 from pathlib import Path
@@ -19,9 +17,8 @@ def objection() -> str:
     if importlib.util.find_spec("cupy") is None:
         major = (torch.version.cuda or "13").split(".")[0]
         return f"cupy is missing: pip install 'weaveinf[cu{major}]'"
-    return (
-        "" if (SOURCES / "seam.cu").exists() else f"{SOURCES} lacks the CUDA sources: install weaveinf anew"
-    )
+    missing = f"{SOURCES} lacks the CUDA sources: install weaveinf anew"
+    return "" if (SOURCES / "seam.cu").exists() else missing
 
 
 class Kernel:

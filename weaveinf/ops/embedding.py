@@ -1,7 +1,5 @@
 """Rows of an embedding table, or of this rank's part of one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

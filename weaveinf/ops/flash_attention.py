@@ -1,8 +1,6 @@
 """FlashAttention 3 (`flash_attn_interface`, Hopper) in place of this project's attention, where it is
 installed and faster: the first call of each kind times both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Large pages: with small ones a processor that streams weights spends a part of its time on addresses."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 from contextlib import suppress

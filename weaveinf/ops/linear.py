@@ -1,7 +1,5 @@
 """y = x W^T + b with weights packed once for the processor that runs them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

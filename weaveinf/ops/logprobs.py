@@ -1,7 +1,5 @@
 """Log-probabilities over a vocabulary that is cut into shards: each rank's part, and the parts joined."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

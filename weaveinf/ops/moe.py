@@ -1,7 +1,5 @@
 """Mixture of experts: the routing, and the experts' MLPs grouped so that each weight is read once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 

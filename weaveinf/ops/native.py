@@ -4,8 +4,6 @@
 that the processor's flags allow is loaded with ctypes, so the GIL is released during every call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 from collections.abc import Sequence
@@ -94,12 +92,8 @@ def _flags() -> frozenset[str]:
 def runnable() -> list[str]:
     """The compiled builds that this processor can run, best first."""
     flags = _flags()
-    levels = _LEVELS.get(platform.machine(), {})
-    return [
-        name
-        for name, needed in levels.items()
-        if needed <= flags and (DIRECTORY / f"libweaveinf_{name}.so").exists()
-    ]
+    able = [name for name, needed in _LEVELS.get(platform.machine(), {}).items() if needed <= flags]
+    return [name for name in able if (DIRECTORY / f"libweaveinf_{name}.so").exists()]
 
 
 def load(name: str) -> Library:

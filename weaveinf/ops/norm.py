@@ -1,7 +1,5 @@
 """RMSNorm, alone and behind the sum of partial results and the residual add; LayerNorm."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Rotary position embedding, and the write of keys and values into their pages."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ A choice of tokens is a page table of pages of one token, and a choice for each 
 sequences with one KV head, so that whatever attends over pages attends over it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Between the kernels of a small step a processor runs Python, whose code and data
 past the caches, have just evicted. A tape has none of it: the functions and their packed arguments, in order.
 """
 
-from __future__ import annotations
-
 import ctypes
 import struct
 import threading

@@ -7,8 +7,6 @@ al. 2023), when rows are too few to fill the device; the joining kernel then wei
 reads nothing back: the launch depends on shapes alone, so graphs can replay it.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ Every kernel reads and writes each value once, computes in float32 and rounds on
 row (or a part of it). The functions here have the contracts of the same names in `weaveinf.ops`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ The rows lie grouped by expert, and how many each has is known on the device alo
 shapes, so the host waits for nothing and graphs can replay it.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

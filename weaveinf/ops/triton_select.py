@@ -5,8 +5,6 @@ Launches depend on shapes alone, and the host reads nothing back. Where rows are
 one: each takes a part of what the row really has. All sums are in a fixed order, so results repeat.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,8 +1,6 @@
 """Methods whose KV heads choose tokens of their own for an answer's rows: what FASA and Quest have in
 common."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import Any

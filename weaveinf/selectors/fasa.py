@@ -108,9 +108,8 @@ def load(path: str, heads: Heads, sets: Sets, count: int) -> Tensor:
     ValueError when it is missing, no such table, or of another model than this.
     """
     if not path:
-        raise ValueError(
-            "fasa wants the table of this model: weaveinf calibrate MODEL --out FILE, then table=FILE"
-        )
+        remedy = "weaveinf calibrate MODEL --out FILE, then table=FILE"
+        raise ValueError(f"fasa wants the table of this model: {remedy}")
     try:
         table = json.loads(Path(path).read_text())
         ranked, name, known = np.array(table[sets], np.int64), table["model"], table["fingerprint"]

@@ -1,7 +1,5 @@
 """Which methods exist, and what a user's words for one mean."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import fields

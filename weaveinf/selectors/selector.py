@@ -200,7 +200,6 @@ class Budgets:
         if asked is None:
             return self.default
         if asked and not self.least <= asked <= self.most:
-            raise ValueError(
-                f"selector_budget={asked} must be 0 or {self.least} to {self.most}, the engine's"
-            )
+            known = f"0 or {self.least} to {self.most}, the engine's"
+            raise ValueError(f"selector_budget={asked} must be {known}")
         return asked

@@ -71,14 +71,11 @@ class TokenSelector(Selector):
 
     def __init__(self, settings: TokenSelect, heads: Heads, page_size: int) -> None:
         if min(settings.budget, settings.local) < 1 or settings.sinks < 0:
-            raise ValueError(
-                f"tokenselect wants budget and local of at least 1 and sinks of at least 0, got "
-                f"{settings.budget}, {settings.local} and {settings.sinks}"
-            )
+            got = f"{settings.budget}, {settings.local} and {settings.sinks}"
+            raise ValueError(f"tokenselect wants budget and local from 1 and sinks from 0 on, got {got}")
         if settings.positions not in (known := get_args(Positions)):
-            raise ValueError(
-                f"tokenselect: positions={settings.positions!r} must be one of {', '.join(known)}"
-            )
+            given = f"positions={settings.positions!r}"
+            raise ValueError(f"tokenselect: {given} must be one of {', '.join(known)}")
         super().__init__(Budgets(heads, 1, settings.budget, settings.budget))
         self.unrotated = settings.positions == "compacted"
         self._rotary = heads.rotary if self.unrotated else None
@@ -144,10 +141,8 @@ class TokenSelector(Selector):
                 seq = segment.facts.seq
                 bounds = np.searchsorted(seq, np.arange(seq[0], seq[-1] + 2)).tolist()
                 segment.chosen = self._tokens(slots, segment.cu_seqlens, segment.positions, bounds)
-        return [
-            (s, None if s.per_row is None else of_kind[s.kind](s.per_row, self._settings, self._page))
-            for s in found
-        ]
+        given = self._settings, self._page
+        return [(s, None if s.per_row is None else of_kind[s.kind](s.per_row, *given)) for s in found]
 
     def _tokens(self, slots: Tensor, cu_seqlens: Tensor, positions: Tensor, bounds: Sequence[int]) -> Tokens:
         """bounds: cu_seqlens on the host."""
@@ -177,9 +172,8 @@ class TokenSelector(Selector):
     ) -> Generator[Tensor, Tensor, Tokens]:
         rows, slot = facts.rows, facts.rows.slot
         flat, kept = q.flatten(1).float(), self._queries[layer, slot]
-        dot, own, other = yield torch.stack(
-            [(flat * kept).sum(1), (flat * flat).sum(1), (kept * kept).sum(1)]
-        )
+        dots = [(flat * kept).sum(1), (flat * flat).sum(1), (kept * kept).sum(1)]
+        dot, own, other = yield torch.stack(dots)
         hit = dot >= self._settings.threshold * (own * other).sqrt()
         hit &= (self._held[layer, slot] == rows.position - 1) & ~facts.again
         chosen = self._choices[layer, slot]
@@ -248,10 +242,8 @@ class _Answers:
         self.again[:-1] |= self.again[1:].clone()
         self.held = rows.position.masked_fill(self.again, -1)
         device = rows.position.device
-        latest = rows.position[:, None] + torch.arange(
-            1 - settings.local, 1, dtype=torch.int32, device=device
-        )
-        self.local = _slots(latest, rows.table, page_size)
+        back = torch.arange(1 - settings.local, 1, dtype=torch.int32, device=device)
+        self.local = _slots(rows.position[:, None] + back, rows.table, page_size)
         self.full = bool((rows.facts.budget == settings.budget).all())
         self.starts = torch.arange(len(rows.slot) + 1, dtype=torch.int32, device=device)
         self.distance = torch.full_like(rows.position, settings.local)

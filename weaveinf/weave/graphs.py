@@ -5,8 +5,6 @@ is padded, so that few graphs serve all steps. Where NCCL sums, only decode step
 drops the other rows of a prompt, and the residual then moves by counts that the host must know.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +22,11 @@ OTHERS = 8
 
 MOST_ROWS = 1024
 """Of a graph that is no decode step. With more rows a GPU takes longer than the host that issues its work."""
+
+Runs = Callable[[Sequence[Batch], tuple[int, int]], Tensor]
+"""A step of these halves, with what their seams are given; its normalised rows."""
+
+Holds = Callable[[], list[Tensor]]
 
 _INT32 = [name for name in TENSORS if name != "input_ids"]
 
@@ -148,14 +151,7 @@ class Graphs:
         only_decode: whether the seams need the host's help where rows are dropped.
     """
 
-    def __init__(
-        self,
-        step: Callable[[Sequence[Batch], tuple[int, int]], Tensor],
-        held: Callable[[], list[Tensor]],
-        most: int,
-        only_decode: bool,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, step: Runs, held: Holds, most: int, only_decode: bool, device: torch.device) -> None:
         self._step, self._held = step, held
         self._most, self._only_decode, self._device = most, only_decode, device
         self._seen: dict[Shape, StaticHalves | None] = {}

@@ -4,8 +4,6 @@ Blocks run one after another, seams one after another, both side by side. What t
 measured profile (weave/profile.py) or from the data of a GPU (weave/waves.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the parts of a step cost here: measured once for a model, its ranks and its machine, kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -9,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, cast
@@ -98,12 +97,12 @@ def measure(
     """Runs steps of several sizes, whole and woven, with seams of each of `seam_ctas` (0 first). Every rank
     calls it; each finds its own times."""
     rows = tuple(n for n in ROWS if n <= most_rows) or (most_rows,)
-    pairs = {
-        (n, units): [(run(n, 0, 0, units), run(n, 0, n // 2, units)) for _ in range(_tries(n))]
-        for n in rows
-        for units in seam_ctas
-    }
-    whole, woven = ({key: [pair[i] for pair in tries] for key, tries in pairs.items()} for i in (0, 1))
+    whole: dict[tuple[int, int], list[list[Span]]] = defaultdict(list)
+    woven: dict[tuple[int, int], list[list[Span]]] = defaultdict(list)
+    for n, units in product(rows, seam_ctas):
+        for _ in range(_tries(n)):
+            whole[n, units].append(run(n, 0, 0, units))
+            woven[n, units].append(run(n, 0, n // 2, units))
     means = {key: _means(tries) for key, tries in whole.items()}
     deep = min(rows[-1], max(rows[0], most_tokens // 4))
     before = max(0, min(most_tokens - deep, 3 * deep))
@@ -190,11 +189,8 @@ def _beside(
         return 1.0, 1.0
     expected = sum(alone.block(cast(Stage, span.name), *halves[span.half], 0) for span in blocks) / 1e3
     block = max(1.0, 1 + (took / expected - 1) * took / under)
-    seam = mean(
-        (s.end - s.start) * 1e3 / alone.seam(halves[s.half].rows, seam_ctas)
-        for s in inner
-        if s.kind == "seam"
-    )
+    beside = [s for s in inner if s.kind == "seam"]
+    seam = mean((s.end - s.start) * 1e3 / alone.seam(halves[s.half].rows, seam_ctas) for s in beside)
     return min(block, 3.0), min(max(1.0, seam), 3.0)
 
 

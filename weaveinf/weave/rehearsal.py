@@ -1,7 +1,5 @@
 """Made-up steps, to measure what steps cost."""
 
-from __future__ import annotations
-
 import torch
 
 from weaveinf.cache.batch import Batch

@@ -7,11 +7,8 @@ section 4); with one half this is the ordinary forward pass. A block that votes 
 half go on meanwhile.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,12 +16,10 @@ from torch import Tensor
 from weaveinf.cache.batch import Batch
 from weaveinf.comm.seam import Joint, Seam
 from weaveinf.comm.votes import Votes
+from weaveinf.models.layers import Block
 from weaveinf.selectors.selector import RowPruner
 
-if TYPE_CHECKING:
-    from weaveinf.models.layers import Block
-
-    Chain = Sequence[tuple[Block, Joint]]
+Chain = Sequence[tuple[Block, Joint]]
 
 
 def run(
@@ -49,8 +44,8 @@ def run(
     def part(half: int, block: Block, joint: Joint, number: int) -> Iterator[None]:
         """A half's turn at a block; yields while a vote of its is under way."""
         seam = seams[half]
-        x = seam.finish() if number else None
-        if x is not None and pruner is not None and number in pruner.boundaries:
+        x = seam.finish() if number else seam.partial()
+        if pruner is not None and number in pruner.boundaries:
             x, batches[half] = pruner.change(number, x, batches[half], seam, chain[number - 1][1])
         kept = block(x, batches[half], seam.partial())
         if isinstance(kept, Generator):

@@ -1,9 +1,7 @@
 """Decode steps on a CPU as tapes (ops/tape.py): all blocks and seams of a step are one call."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +12,7 @@ from weaveinf.comm.aid import WORTH
 from weaveinf.comm.segment import check
 from weaveinf.ops import native
 from weaveinf.ops.tape import Tape
-from weaveinf.weave.graphs import is_decode
+from weaveinf.weave.graphs import Holds, Runs, is_decode
 
 RESIDENT = 128
 """Tapes that are kept at most; the one that was not used for longest goes first."""
@@ -38,11 +36,7 @@ class Tapes:
         replays: whether steps are replayed; not where torch computes a part of them.
     """
 
-    def __init__(
-        self,
-        step: Callable[[Sequence[Batch], tuple[int, int]], Tensor],
-        held: Callable[[], list[Tensor]],
-    ) -> None:
+    def __init__(self, step: Runs, held: Holds) -> None:
         self._step, self._held = step, held
         self._kept: OrderedDict[tuple[int, int], _Kept] = OrderedDict()
         self._memory: list[Tensor] = []

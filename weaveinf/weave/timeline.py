@@ -3,14 +3,12 @@
 Blocks and seams are wrapped while somebody wants to know; nothing is called here otherwise.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +16,7 @@ from torch import Tensor
 
 from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Joint, Seam
-
-if TYPE_CHECKING:
-    from weaveinf.models.layers import Block
+from weaveinf.models.layers import Block
 
 KEPT_STEPS = 16
 
@@ -75,9 +71,10 @@ class Recorder:
                 return at
             return self._host_origin + float(self._origin.elapsed_time(at)) / 1e3
 
-        return [
-            [s._replace(start=seconds(s.start), end=seconds(s.end)) for s in spans] for spans in self.steps
-        ]
+        def told(span: Span) -> Span:
+            return span._replace(start=seconds(span.start), end=seconds(span.end))
+
+        return [[*map(told, spans)] for spans in self.steps]
 
     def add(self, kind: str, start: Any, end: Any) -> None:
         name, layer = self._at
@@ -98,7 +95,7 @@ class Recorder:
         self._half = half
 
     def _block(self, block: Block, at: tuple[str, int]) -> Block:
-        def recorded(x: Tensor | None, batch: Any, out: Tensor) -> Any:
+        def recorded(x: Tensor, batch: Any, out: Tensor) -> Any:
             self._at = at
             began = self.now()
             result = block(x, batch, out)

@@ -9,8 +9,6 @@ two halves are twice as many. And power, which grows with the cube of the clock,
 in the mean: where communication leaves no pauses, the clock sinks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,11 +1,9 @@
 """A rank's seams and plans: where steps are cut, why others are not, and what is recorded of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from weaveinf.comm.ranks import Ranks
 from weaveinf.comm.seam import Seam
 from weaveinf.config import PAGE_SIZE, EngineConfig
 from weaveinf.models.config import ModelConfig
+from weaveinf.models.layers import Model
 from weaveinf.ops import native
 from weaveinf.selectors.selector import RowPruner, Selector
 from weaveinf.weave import profile
@@ -31,14 +30,11 @@ from weaveinf.weave.run import run
 from weaveinf.weave.tapes import Tapes
 from weaveinf.weave.timeline import Recorder, Span
 
-if TYPE_CHECKING:
-    from weaveinf.models.layers import Model
-
 _PROBE_ROWS = 1024
 Int32s = NDArray[np.int32]
 
 
-def nothing(x: Tensor | None, batch: Batch, out: Tensor) -> None:
+def nothing(x: Tensor, batch: Batch, out: Tensor) -> None:
     """A block that leaves the seam whatever its buffer holds."""
 
 
