@@ -7,10 +7,12 @@ import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+import yaml
 
 from tests.cluster.harness import eventually
 from tests.ray_cluster import ray_cluster
@@ -60,7 +62,7 @@ def engines() -> dict[str, str]:
 
 def seen(client: httpx.Client, name: str) -> set[float]:
     """A metric of either engine: which one answers, the beginning of the body decides."""
-    pages = [client.request("GET", "/metrics", content=f'"prompt" {i}').text for i in range(12)]
+    pages = [client.request("GET", "/metrics", content=f'"prompt" {i}').text for i in range(20)]
     return {sum(map(float, re.findall(rf"^weaveinf_{name}(?:{{.*}})? (\S+)$", page, re.M))) for page in pages}
 
 
@@ -72,11 +74,8 @@ def test_answers_are_those_of_one_engine(client: httpx.Client) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = [*pool.map(lambda prompt: complete(client, prompt), prompts)]
     assert [answer.json()["choices"][0]["text"] for answer in answers] == expected
-    with client.stream(
-        "POST",
-        "/v1/completions",
-        json={"prompt": prompts[0], "temperature": 0, "max_tokens": 8, "ignore_eos": True, "stream": True},
-    ) as answer:
+    given = {"prompt": prompts[0], "temperature": 0, "max_tokens": 8, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=given) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert events[-1] == "[DONE]" and len(events) > 4
@@ -85,16 +84,9 @@ def test_answers_are_those_of_one_engine(client: httpx.Client) -> None:
 
 def test_refusals_are_the_servers_own(client: httpx.Client) -> None:
     assert complete(client, "x", nonsense=1).json()["error"]["param"] == "nonsense"
-    assert (
-        client.post(
-            "/v1/completions", content=b"{" * 9, headers={"content-type": "application/json"}
-        ).status_code
-        == 400
-    )
-    large = client.post(
-        "/v1/completions", content=b" " * (5 << 20), headers={"content-type": "application/json"}
-    )
-    assert large.status_code == 413
+    kind = {"content-type": "application/json"}
+    for content, status in ((b"{" * 9, 400), (b" " * (5 << 20), 413)):
+        assert client.post("/v1/completions", content=content, headers=kind).status_code == status
     assert client.get("/nowhere").status_code == 404
 
 
@@ -108,13 +100,22 @@ def test_prompts_of_one_beginning_meet_in_one_cache(client: httpx.Client) -> Non
     assert 0 not in seen(client, "prompt_tokens_total")
 
 
+def test_many_of_one_beginning_are_shared(client: httpx.Client) -> None:
+    before = seen(client, "prompt_tokens_total")
+    with ThreadPoolExecutor(32) as pool:
+        answers = [*pool.map(lambda _: complete(client, "Once upon a time", max_tokens=100), range(32))]
+    assert {answer.status_code for answer in answers} == {200}
+    assert not before & seen(client, "prompt_tokens_total")
+
+
 def test_a_client_that_leaves_ends_its_request(client: httpx.Client) -> None:
+    aborted = r'request_success_total\{finished_reason="abort"\}'
     given = {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=given) as answer:
-        next(answer.iter_lines())
-        assert max(seen(client, "num_requests_running")) == 1
-    assert eventually(lambda: seen(client, "num_requests_running") == {0})
-    assert max(seen(client, "generation_tokens_total")) < 400
+        lines = answer.iter_lines()
+        next(lines)
+    assert eventually(lambda: seen(client, aborted) == {0, 1})
+    assert seen(client, "num_requests_running") == {0}
 
 
 def test_a_node_leaves_and_the_rest_keep_serving(cluster: Any, client: httpx.Client) -> None:
@@ -122,9 +123,8 @@ def test_a_node_leaves_and_the_rest_keep_serving(cluster: Any, client: httpx.Cli
     assert len(set(before.values())) == 2
     head = ray.get_runtime_context().get_node_id()
     lost = next(node for node in before.values() if node != head)
-    cluster.remove_node(
-        next(node for node in cluster.worker_nodes if node.node_id == lost), allow_graceful=False
-    )
+    (node,) = [node for node in cluster.worker_nodes if node.node_id == lost]
+    cluster.remove_node(node, allow_graceful=False)
     statuses = []
 
     def healed() -> bool:
@@ -139,14 +139,21 @@ def test_a_node_leaves_and_the_rest_keep_serving(cluster: Any, client: httpx.Cli
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [
-        ({"model": DEMO, "colour": 1}, "colour"),
-        ({"model": DEMO, "seed": "-1"}, "seed=-1"),
-        ({"model": DEMO, "port": "x"}, "valid integer"),
-    ],
+    [({"colour": 1}, "unknown setting 'colour'"), ({"seed": "-1"}, "seed=-1"), ({"port": "x"}, "integer")],
 )
 def test_wrong_settings_are_named(given: dict[str, Any], words: str) -> None:
     from weaveinf.server.ray_app import build
 
     with pytest.raises(ValueError, match=words):
-        build(given)
+        build({"model": DEMO, **given})
+
+
+def test_the_file_for_deployment_is_one(cluster: Any) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from weaveinf.server.ray_app import build
+
+    text = (Path(DEMO).parents[2] / "launch" / "ray_serve.yaml").read_text()
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    assert application.import_path == f"{build.__module__}:build"
+    assert isinstance(build(application.args), serve.Application)
