@@ -91,3 +91,17 @@ def test_half_a_character_of_the_prompt_brings_nothing_of_it_back() -> None:
     for token in ids("ok"):
         stream.add(token)
     assert stream.text == "ok"
+
+
+def test_a_token_that_changes_how_those_before_it_read_ends_nothing() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "c"))
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")])
+    with pytest.raises(Exception, match="prefix"):
+        broken = decoders.DecodeStream(skip_special_tokens=True)
+        for token in (0, 1, 2):
+            broken.step(tokenizer, token)
+    stream = TextStream(tokenizer, [])
+    for token in (0, 1, 2, 2):
+        assert stream.add(token) is None
+    stream.end()
+    assert stream.text == "abcc"

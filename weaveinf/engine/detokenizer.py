@@ -29,7 +29,13 @@ class TextStream:
     def add(self, token_id: int) -> str | None:
         """Takes the next token; returns the stop string that it completes (`text` ends before it)."""
         self._undecoded.append(token_id)
-        chunk = self._stream.step(self._tokenizer, token_id)
+        try:
+            chunk = self._stream.step(self._tokenizer, token_id)
+        except (
+            Exception
+        ):  # it loses its place where a token changes how those before it read: begin behind them
+            self._stream = DecodeStream(skip_special_tokens=True)
+            chunk = self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
         if chunk is None:
             return None
         self._undecoded.clear()

@@ -46,6 +46,8 @@ _PAGE = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; form-action 'none'; "
     "frame-ancestors 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
 }
+LATE_S = 60.0
+"""So long after a request's deadline its client may take to read the answer."""
 TEXT_THREADS = 2
 """Threads that turn text into tokens, so that the event loop never does."""
 
@@ -261,8 +263,9 @@ class _Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _unless_gone(receive, self._send(send))
-        except _Gone:
+            async with asyncio.timeout(self._job.timeout_s + LATE_S):
+                await _unless_gone(receive, self._send(send))
+        except (_Gone, TimeoutError):
             scope["state"]["log"]["status"] = 499
         finally:
             scope["state"]["log"]["output_tokens"] = self._job.num_answered

@@ -346,7 +346,7 @@ class AsyncEngine:
         for i, prompt in enumerate(job.prompts):
             try:
                 ids = engine.add(prompt, job.params, job.salt, job.priority, mix_seed(job.seed, i))
-            except ValueError as error:
+            except Exception as error:  # whatever it is, it is this request's alone
                 self._abort(engine, job)
                 self._tell(job.fail, error)
                 return
@@ -355,6 +355,8 @@ class AsyncEngine:
 
     def _abort(self, engine: Engine, job: Job) -> None:
         for id_ in job.ids:
-            if self._running.pop(id_, None) is not None:
+            # Another engine than the one it was begun by may have given the number to another job.
+            if self._running.get(id_, (None,))[0] is job:
+                del self._running[id_]
                 self.metrics.aborted(id_)
                 engine.abort(id_)
