@@ -20,6 +20,7 @@ from tests.cluster.harness import config, eventually, make_model, tokens
 from tests.models.harness import make_checkpoint
 from tests.ray_cluster import ray_cluster
 from weaveinf import LLM, SamplingParams
+from weaveinf.cluster import supervise
 from weaveinf.cluster.launch import launch
 from weaveinf.comm.errors import RankDied
 
@@ -118,15 +119,24 @@ def test_a_node_is_filled_first_and_the_store_is_private(model: Path) -> None:
     assert not [p for p in actor_processes() if "run" in "".join(p.cmdline())]
 
 
-def test_a_killed_actor_ends_all(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, r"its actor on [\d.]+ is gone: [^\n]*worker process has died[^\n]*"),
+        (signal.SIGSTOP, "no sign of life for 4 s; it hangs or is stopped"),
+    ],
+)
+def test_an_actor_that_ends_or_hangs_ends_all(
+    model: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, words: str
+) -> None:
+    monkeypatch.setattr(supervise, "LOST_S", 4.0)
     cluster = launch(replace(config(model, 2), executor="ray", placement="spread"))
     tokens(cluster, 0, 3)
     (rank,) = actor_processes()
-    rank.send_signal(signal.SIGKILL)
+    rank.send_signal(number)
     assert eventually(lambda: cluster.failure)  # known without a step
-    with pytest.raises(RankDied, match=r"^rank 1 died: its actor on [\d.]+ is gone: [^\n]+$") as caught:
+    with pytest.raises(RankDied, match=f"^rank 1 died: {words}$"):
         tokens(cluster, 3, 4)
-    assert "worker process has died" in str(caught.value)
 
 
 def test_no_place_says_what_there_is(
@@ -169,6 +179,7 @@ import ray
 from dataclasses import replace
 from pathlib import Path
 from tests.cluster.harness import config, tokens
+from weaveinf.cluster import supervise
 from weaveinf.cluster.launch import launch
 ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
 cluster = launch(replace(config(Path({str(model)!r}), 2), executor="ray"))
@@ -189,7 +200,7 @@ print("tokens", *tokens(cluster, 0, 3))
     assert "RAY_AUTH_MODE=token" in line
 
 
-def test_a_data_set_goes_through_two_engines(model: Path, tmp_path: Path) -> None:
+def test_a_data_set_goes_through_a_group(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     import ray.data
 
@@ -208,7 +219,7 @@ def test_a_data_set_goes_through_two_engines(model: Path, tmp_path: Path) -> Non
             Generate,
             fn_constructor_args=(demo, GREEDY),
             fn_constructor_kwargs={**small, "tensor_parallel_size": 2},
-            compute=ray.data.ActorPoolStrategy(size=2),
+            compute=ray.data.ActorPoolStrategy(size=1),
             batch_size=3,
             num_cpus=0,
         )

@@ -49,11 +49,16 @@ _SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """min_replicas, max_replicas: engines; between them, as many as keep the requests of each at what it
-    runs at a time (`max_num_seqs`)."""
+    """Engines, and what they take.
+
+    min_replicas, max_replicas: between them, there are as many as keep the requests of each at what it runs
+    at a time (`max_num_seqs`). num_cpus: that Ray counts for a rank on a CPU, and its threads where it is
+    the engine's only one.
+    """
 
     min_replicas: int = 1
     max_replicas: int = 1
+    num_cpus: int = 1
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -69,6 +74,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         given["model"] = str(Path(args["model"]).absolute())
     config, server, scale = _read(EngineConfig, given), _read(ServerConfig, given), _read(Scale, given)
     take = share(config.device)
+    if "CPU" in take:
+        take["CPU"] = scale.num_cpus
     engines = serve.deployment(
         ray_actor_options={"num_cpus": take.get("CPU", 0), "num_gpus": take.get("GPU", 0)},
         placement_group_bundles=[take] * config.tensor_parallel_size,
