@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from weaveinf.engine.step import MAGIC, PER_SEQUENCE, Admission, Step
 
+HEADER = 13
 words = st.integers(-(2**63), 2**63 - 1)
 floats = st.floats(width=64)
 
@@ -55,6 +56,8 @@ def steps(draw: st.DrawFn) -> Step:
     columns = dict(zip(PER_SEQUENCE, table, strict=True))
     columns["by_reference"] = columns["by_reference"].astype(np.bool_)
     by_value = columns["num_query"][~columns["by_reference"]].sum()
+    masked = [i for i in range((columns["output_position"] >= 0).sum()) if draw(st.booleans())]
+    each = draw(st.integers(1, 2)) if masked else 0
     return Step(
         number=draw(natural),
         admissions=draw(st.lists(admissions(), max_size=2)),
@@ -63,6 +66,8 @@ def steps(draw: st.DrawFn) -> Step:
         new_pages=_array(draw, words, np.int64, columns["num_new_pages"].sum()),
         targets=_array(draw, words, np.int64, columns["num_targets"].sum()),
         released=_array(draw, words, np.int64, draw(st.integers(0, 3))),
+        masked=np.array(masked, np.int64),
+        masks=_array(draw, words, np.int64, len(masked) * each).reshape(len(masked), each),
     )
 
 
@@ -107,8 +112,10 @@ def test_a_changed_word_is_refused_or_harmless(step: Step, data: st.DataObject) 
     """Whatever a header or a row is changed to, nothing but ValueError comes, and what passes is
     whole: it packs to the very same words."""
     packed = step.pack()
-    rows = 10 + len(PER_SEQUENCE) * step.num_seqs
-    packed[data.draw(st.integers(0, rows - 1))] = data.draw(words | st.integers(-2, 9))
+    flat = (step.token_ids, step.new_pages, step.targets, step.released)
+    masked = HEADER + len(PER_SEQUENCE) * step.num_seqs + sum(map(len, flat))
+    places = [*range(masked - sum(map(len, flat))), *range(masked, masked + len(step.masked))]
+    packed[data.draw(st.sampled_from(places))] = data.draw(words | st.integers(-2, 9))
     try:
         passed = Step.unpack(packed)
     except ValueError as error:
@@ -121,11 +128,11 @@ def test_a_changed_word_is_refused_or_harmless(step: Step, data: st.DataObject) 
 @given(st.lists(words, max_size=30), st.booleans())
 def test_garbage_is_refused(garbage: list[int], dressed: bool) -> None:
     array = np.array(garbage, np.int64)
-    if dressed and len(array) > 10:
+    if dressed and len(array) >= HEADER:
         array[:2] = MAGIC, len(array)
-        array[3:11] = abs(array[3:11] % 4)
+        array[3:HEADER] = abs(array[3:HEADER] % 4)
         array[6] += 1
-        array[11:13] = -1  # a slot or position that cannot be
+        array[HEADER : HEADER + 2] = -1  # a slot or position that cannot be
     with pytest.raises(ValueError, match="packed step"):
         Step.unpack(array)
     with pytest.raises(ValueError, match="packed step"):

@@ -182,10 +182,9 @@ class Sampler:
         if len(masked):
             bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
             own = bits[:, self.shard.start : self.shard.start + self.shard.width]
-            rows = self.put(masked)
-            some = shaped[rows]  # their columns behind the vocabulary are -inf anyway
-            some[:, : own.shape[1]].masked_fill_(self.put(own == 0), -torch.inf)
-            shaped[rows] = some
+            for row, bans in zip(masked.tolist(), self.put(own == 0), strict=True):
+                # Columns behind the vocabulary are -inf anyway.
+                shaped[row, : len(bans)].masked_fill_(bans, -torch.inf)
         return shaped
 
     def _draw(self, logits: Tensor, slots: Rows, positions: Rows) -> Voting[Tensor]:

@@ -187,9 +187,8 @@ class Step:
         if words.dtype != np.int64 or words.ndim != 1 or len(words) < _HEADER or words[0] != MAGIC:
             raise ValueError("not a packed step")
         total, number, cut, *ctas = words[1:6].tolist()
-        sequences, admissions, tokens, targets, released, masked, words_each = counts = words[
-            6:_HEADER
-        ].tolist()
+        counts = words[6:_HEADER].tolist()
+        sequences, admissions, tokens, targets, released, masked, each = counts
         if total != len(words) or min(counts) < 0:
             raise ValueError(f"a packed step of {total} words came as {len(words)}")
         reader = _Reader(words, _HEADER)
@@ -209,15 +208,14 @@ class Step:
             targets=reader.take(targets),
             released=reader.take(released),
             masked=reader.take(masked),
-            masks=reader.take(masked * words_each).reshape(masked, words_each),
+            masks=reader.take(masked * each).reshape(masked, each if masked else 0),
             cut=cut,
             seam_ctas=(ctas[0], ctas[1]),
         )
         if not 0 <= cut < max(step.num_tokens, 1):
             raise ValueError("a packed step is cut where it has no rows")
-        if masked and not (
-            step.masked[0] >= 0 and step.masked[-1] < step.num_samples and (np.diff(step.masked) > 0).all()
-        ):
+        ascend = not masked or (np.diff(step.masked, prepend=-1, append=step.num_samples) > 0).all()
+        if not ascend or bool(masked) != bool(each):
             raise ValueError("a packed step masks what it does not sample")
         step.admissions = [_unpack_admission(reader) for _ in range(admissions)]
         if reader.at != len(words):
