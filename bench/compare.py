@@ -73,6 +73,15 @@ class Contender:
         return [str(self.python), str(script), str(model), "--tp", str(self.tp), "--dtype", self.dtype]
 
 
+def each_process(pid: int, act: Callable[[psutil.Process], None]) -> None:
+    """Does something to a process and to all that it started, as far as they are still there."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        for process in [*first.children(recursive=True), first]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                act(process)
+
+
 class Running:
     """A contender's processes: all of them stopped, except while one of its cells is timed."""
 
@@ -107,11 +116,7 @@ class Running:
         self._noise.close()
 
     def _all(self, act: Callable[[psutil.Process], None]) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            first = psutil.Process(self._process.pid)
-            for process in [*first.children(recursive=True), first]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    act(process)
+        each_process(self._process.pid, act)
 
     def _answer(self) -> dict:
         """Its next JSON line; a RuntimeError with its last words when it ends or keeps silent instead."""
