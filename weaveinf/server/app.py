@@ -44,7 +44,7 @@ log = logging.getLogger("weaveinf")
 
 _PAGE = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; form-action 'none'; "
-    "frame-ancestors 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
+    "frame-ancestors 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 }
 TEXT_THREADS = 2
 """Threads that turn text into tokens, so that the event loop never does."""
