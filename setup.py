@@ -35,10 +35,7 @@ LEVELS: dict[str, dict[str, list[str]]] = {
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
     },
-    "aarch64": {
-        "armv8": ["-march=armv8-a"],
-        "armv8bf16": ["-march=armv8.2-a+bf16"],
-    },
+    "aarch64": {"armv8": ["-march=armv8-a"], "armv8bf16": ["-march=armv8.2-a+bf16"]},
 }
 
 
@@ -105,7 +102,4 @@ def say(problem: str) -> None:
     )
 
 
-setup(
-    ext_modules=[Extension("weaveinf._native.kernels", sources=[])],
-    cmdclass={"build_ext": BuildKernels},
-)
+setup(ext_modules=[Extension("weaveinf._native.kernels", sources=[])], cmdclass={"build_ext": BuildKernels})

@@ -57,8 +57,7 @@ class RankPool:
         end = time.monotonic() + deadline_s
         while len(results) < self.size:
             ready = wait(
-                [p for r, p in enumerate(self._pipes) if r not in results],
-                max(0.0, end - time.monotonic()),
+                [p for r, p in enumerate(self._pipes) if r not in results], max(0.0, end - time.monotonic())
             )
             if not ready:
                 late = [r for r in range(self.size) if r not in results]

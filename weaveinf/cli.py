@@ -42,23 +42,20 @@ def parser() -> argparse.ArgumentParser:
     _sampling(chat, max_tokens=512)
 
     serve = _command(commands, "serve", "an OpenAI-compatible HTTP server")
-    _engine(serve)
-    _load_format(serve)
+    _engine(serve, load_format=True)
     _server(serve)
 
     bench = _command(commands, "bench", "measure")
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="KIND")
     latency = _command(kinds, "latency", "one batch of random prompts, again and again")
-    _engine(latency)
-    _load_format(latency)
+    _engine(latency, load_format=True)
     latency.add_argument("--batch", type=int, default=1, help="prompts at a time (1)")
     latency.add_argument("--prompt-tokens", type=int, default=128, help="tokens of each (128)")
     latency.add_argument("--decode-tokens", type=int, default=32, help="steps after the first (32)")
     latency.add_argument("--repeats", type=int, default=5, help="of which the median counts (5)")
     _results(latency)
     throughput = _command(kinds, "throughput", "many requests, all there from the beginning")
-    _engine(throughput)
-    _load_format(throughput)
+    _engine(throughput, load_format=True)
     throughput.add_argument("--requests", type=int, default=64, help="number of requests (64)")
     throughput.add_argument("--prompt-tokens", type=int, default=128, help="tokens of each (128)")
     throughput.add_argument("--output-tokens", type=int, default=128, help="tokens of each (128)")
@@ -77,13 +74,11 @@ def parser() -> argparse.ArgumentParser:
     _json(load)
 
     overlap = _command(kinds, "overlap", "what weaving hides, beside the same steps whole")
-    _engine(overlap)
-    _load_format(overlap)
-    overlap.add_argument("--tokens", type=int, nargs="+", default=[512], help="of the prompts (512)")
-    overlap.add_argument(
-        "--decode", type=int, nargs="+", default=[], help="also steps of so many decode rows"
-    )
-    overlap.add_argument("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
+    _engine(overlap, load_format=True)
+    add = overlap.add_argument
+    add("--tokens", type=int, nargs="+", default=[512], help="of the prompts (512)")
+    add("--decode", type=int, nargs="+", default=[], help="also steps of so many decode rows")
+    add("--pairs", type=int, default=15, help="rounds, of which medians count (15)")
     _results(overlap)
 
     chosen = _command(
@@ -108,14 +103,11 @@ def parser() -> argparse.ArgumentParser:
     _json(plan)
 
     calibrate = _command(commands, "calibrate", "rank a model's rotary planes for --selector fasa")
-    calibrate.add_argument(
-        "model", metavar="MODEL", help="a directory in the Hugging Face layout, or a hub id"
-    )
-    calibrate.add_argument("--text", required=True, metavar="FILE", help="that the model reads for it")
-    calibrate.add_argument(
-        "--out", required=True, metavar="FILE", help="the table, for --selector fasa:table=FILE"
-    )
-    calibrate.add_argument("--tokens", type=int, default=4096, help="of the text, at most (4096)")
+    _model(calibrate)
+    add = calibrate.add_argument
+    add("--text", required=True, metavar="FILE", help="that the model reads for it")
+    add("--out", required=True, metavar="FILE", help="the table, for --selector fasa:table=FILE")
+    add("--tokens", type=int, default=4096, help="of the text, at most (4096)")
 
     doctor = _command(commands, "doctor", "what this machine has, what will be used, and why")
     doctor.add_argument("--tp", type=int, default=2, help="for that many ranks (2)")
@@ -168,9 +160,13 @@ def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
 
 
-def _engine(command: argparse.ArgumentParser) -> None:
+def _model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a hub id")
+
+
+def _engine(command: argparse.ArgumentParser, load_format: bool = False) -> None:
+    _model(command)
     add = command.add_argument
-    add("model", metavar="MODEL", help="a directory in the Hugging Face layout, or a hub id")
     add("--tp", type=int, help="number of ranks (1; under torchrun all of its)")
     add("--executor", help="what starts the ranks: local, or ray for actors in its cluster (local)")
     add("--placement", help="of Ray's actors: pack on few nodes, or spread over many (pack)")
@@ -185,6 +181,8 @@ def _engine(command: argparse.ArgumentParser) -> None:
     add("--kv-cache-gib", type=float, help="GiB of KV cache on each rank (by free memory)")
     add("--max-num-seqs", type=int, help="requests running at a time (128)")
     add("--max-num-batched-tokens", type=int, help="tokens of a step (2048)")
+    if load_format:
+        add("--load-format", help="auto, or dummy for random weights (auto)")
 
 
 def _sampling(command: argparse.ArgumentParser, max_tokens: int = 128) -> None:
@@ -211,10 +209,6 @@ def _server(command: argparse.ArgumentParser) -> None:
     add("--max-restarts", type=int, help="of ranks that died, before the server gives up (5)")
     add("--log-prompts", action="store_true", help="let the log show prompts' token ids")
     add("--otlp-endpoint", metavar="URL", help="send a span of each request there (no tracing)")
-
-
-def _load_format(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--load-format", help="auto, or dummy for random weights (auto)")
 
 
 def _results(command: argparse.ArgumentParser) -> None:

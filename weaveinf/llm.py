@@ -103,11 +103,7 @@ class LLM:
             if output.finish_reason == "abort":
                 raise RuntimeError(f"an answer was aborted: {output.stop_reason}")
 
-    def chat(
-        self,
-        messages: Sequence[dict[str, str]],
-        params: SamplingParams | None = None,
-    ) -> Iterator[str]:
+    def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None) -> Iterator[str]:
         """Answers a conversation, in the model's own chat template, piece by piece.
 
         Args:
@@ -128,9 +124,7 @@ class LLM:
         self.close()
 
     def _add(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[_Answer]:
         batch = _as_batch(prompts)
         if params is None or isinstance(params, SamplingParams):

@@ -91,10 +91,7 @@ def batch(streams: dict[str, torch.Tensor], seed: int, step: int, context: int) 
     """[rows, context + 1] token ids: windows at random places of streams drawn by MIXTURE."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     kinds = torch.multinomial(
-        torch.tensor(list(MIXTURE.values())),
-        STEP_TOKENS // context,
-        replacement=True,
-        generator=generator,
+        torch.tensor(list(MIXTURE.values())), STEP_TOKENS // context, replacement=True, generator=generator
     )
     rows = []
     for kind in kinds.tolist():

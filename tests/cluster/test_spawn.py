@@ -82,12 +82,7 @@ def test_a_forgotten_engine_ends(model: Path, footprint: Footprint) -> None:
 
 @pytest.mark.parametrize(("rank", "busy", "shared"), [(1, False, True), (2, True, True), (1, True, False)])
 def test_a_killed_rank_ends_all(
-    model: Path,
-    footprint: Footprint,
-    monkeypatch: pytest.MonkeyPatch,
-    rank: int,
-    busy: bool,
-    shared: bool,
+    model: Path, footprint: Footprint, monkeypatch: pytest.MonkeyPatch, rank: int, busy: bool, shared: bool
 ) -> None:
     if not shared:
         monkeypatch.setattr(segment, "lib", None)

@@ -102,11 +102,7 @@ def in_full_channel(ranks: Ranks) -> Callable[[], object]:
 
 
 def die(
-    ranks: Ranks,
-    port: int | None,
-    wait: Callable[[Ranks], Callable[[], object]],
-    victim: int,
-    folder: str,
+    ranks: Ranks, port: int | None, wait: Callable[[Ranks], Callable[[], object]], victim: int, folder: str
 ) -> None:
     with second_ranks(ranks, port, library=wait is in_sums) as group:
         step = wait(group)

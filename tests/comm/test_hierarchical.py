@@ -49,10 +49,7 @@ def pretend(ranks: Ranks, hosts: tuple[tuple[int, ...], ...] = HOSTS) -> Iterato
 
 
 def with_hosts(
-    ranks: Ranks,
-    work: Callable[..., object],
-    dtype: torch.dtype,
-    hosts: tuple[tuple[int, ...], ...] = HOSTS,
+    ranks: Ranks, work: Callable[..., object], dtype: torch.dtype, hosts: tuple[tuple[int, ...], ...] = HOSTS
 ) -> object:
     """What `work` of test_seams returns for the seam that these hosts get."""
 

@@ -19,11 +19,7 @@ import torch
 from weaveinf.comm import symmetric
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-SIZES = {
-    torch.bfloat16: (512, 2880, 8192, 16384),
-    torch.float16: (5120,),
-    torch.float32: (512, 16384),
-}
+SIZES = {torch.bfloat16: (512, 2880, 8192, 16384), torch.float16: (5120,), torch.float32: (512, 16384)}
 
 
 def packaged(pattern: str) -> list[Path]:

@@ -41,7 +41,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def compiled(
         dtype: torch.dtype, hidden: int, ranks: int, multimem: bool = False, fp8: bool = False
     ) -> str:
-        defines = symmetric.defines(dtype, hidden, ranks, multimem, fp8, max_threads=64)
+        defines = symmetric.defines(dtype, hidden, ranks, multimem, fp8) | {"MAX_THREADS": 64}
         name = "-".join(map(str, defines.values()))
         if name not in made:
             made[name] = str(home / f"{name}.so")

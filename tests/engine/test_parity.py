@@ -71,8 +71,7 @@ def on_ranks(ranks: Ranks, path: str, how: str) -> dict[str, list[list[int]]] | 
 
 
 @pytest.mark.parametrize(
-    ("size", "how"),
-    [(1, "whole"), (2, "whole"), (2, "woven over sockets"), (4, "whole"), (4, "woven")],
+    ("size", "how"), [(1, "whole"), (2, "whole"), (2, "woven over sockets"), (4, "whole"), (4, "woven")]
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, family: str, size: int, how: str) -> None:

@@ -137,10 +137,7 @@ def test_ids_outside_the_vocabulary_are_refused(params: dict[str, Any]) -> None:
 
 
 def test_the_first_sample_is_the_output_s_face() -> None:
-    samples = [
-        CompletionOutput(0, "a", [1], "stop", 1),
-        CompletionOutput(1, "b", [2], "length"),
-    ]
+    samples = [CompletionOutput(0, "a", [1], "stop", 1), CompletionOutput(1, "b", [2], "length")]
     output = RequestOutput("p", [9], samples)
     assert (output.text, output.token_ids, output.finish_reason) == ("a", [1], "stop")
     assert (output.stop_reason, output.logprobs) == (1, None)

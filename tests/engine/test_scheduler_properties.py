@@ -30,9 +30,7 @@ params_strategy = st.builds(
 )
 # Few different tokens and long runs, so that prefixes are often the same.
 prompts = st.builds(
-    lambda run, tail: [1] * run + tail,
-    st.integers(0, 8),
-    st.lists(st.integers(1, 2), min_size=1, max_size=4),
+    lambda run, tail: [1] * run + tail, st.integers(0, 8), st.lists(st.integers(1, 2), min_size=1, max_size=4)
 )
 
 
@@ -78,8 +76,7 @@ class Serving(RuleBasedStateMachine):
         for request in make_requests(first, prompt, params, VOCAB, 7, salt):
             self.shapes[request.id] = shape
             limit = min(
-                MAX_MODEL_LEN,
-                self.room if params.max_tokens is None else len(prompt) + params.max_tokens,
+                MAX_MODEL_LEN, self.room if params.max_tokens is None else len(prompt) + params.max_tokens
             )
             try:
                 self.scheduler.add(request)

@@ -39,12 +39,7 @@ def test_ties_go_to_the_lower_expert() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "experts", "top_k"), [(0, 4, 2), (1, 8, 2), (9, 3, 3), (70, 5, 1)])
 def test_experts(
-    monkeypatch: pytest.MonkeyPatch,
-    kernels: bool,
-    dtype: torch.dtype,
-    rows: int,
-    experts: int,
-    top_k: int,
+    monkeypatch: pytest.MonkeyPatch, kernels: bool, dtype: torch.dtype, rows: int, experts: int, top_k: int
 ) -> None:
     if not kernels:
         monkeypatch.setattr(native, "lib", None)

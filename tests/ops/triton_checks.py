@@ -375,12 +375,7 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     # As where only some rows are kept; the second sequence has none.
     "attention: rows with gaps": (
         check_attention,
-        {
-            "lengths": (100, 9, 50, 20),
-            "rows_each": (33, 0, 4, 20),
-            "consecutive": False,
-            "window": 40,
-        },
+        {"lengths": (100, 9, 50, 20), "rows_each": (33, 0, 4, 20), "consecutive": False, "window": 40},
     ),
     # As over what was chosen: pages of one token, one KV head.
     "attention: chosen tokens": (
@@ -401,10 +396,7 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
         {"head_dim": 264, "kv_heads": 1, "group": 5, "lengths": (37,), "rows_each": (1,), "page_size": 1},
     ),
     "votes": (check_votes, {"group": 2, "kv_heads": 2, "dim": 32, "page_size": 16}),
-    "votes: groups of 7, pages of 5": (
-        check_votes,
-        {"group": 7, "kv_heads": 3, "dim": 24, "page_size": 5},
-    ),
+    "votes: groups of 7, pages of 5": (check_votes, {"group": 7, "kv_heads": 3, "dim": 24, "page_size": 5}),
     "votes: one KV head, pages of one": (
         check_votes,
         {"group": 20, "kv_heads": 1, "dim": 80, "page_size": 1},
@@ -428,10 +420,7 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "bounds, channels": (check_beside_keys, {}),
     # Several programs share one row's keys; some have none.
     "attention: split": (check_attention, {"lengths": (600, 3), "rows_each": (1, 1), "group": 1}),
-    "attention: split, window": (
-        check_attention,
-        {"lengths": (600, 3), "rows_each": (2, 1), "window": 300},
-    ),
+    "attention: split, window": (check_attention, {"lengths": (600, 3), "rows_each": (2, 1), "window": 300}),
 }
 
 

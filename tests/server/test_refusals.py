@@ -68,11 +68,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {}, "messages"),
     ("/v1/chat/completions", {"messages": []}, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "king", "content": "a"}]}, "messages"),
-    (
-        "/v1/chat/completions",
-        {"messages": IMAGE},
-        "messages",
-    ),
+    ("/v1/chat/completions", {"messages": IMAGE}, "messages"),
     ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, "top_logprobs"),
     ("/v1/chat/completions", CHAT | {"functions": []}, "functions"),
     ("/v1/chat/completions", CHAT | {"tool_choice": "auto"}, "tool_choice"),

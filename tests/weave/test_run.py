@@ -80,12 +80,13 @@ def test_a_half_may_be_left_without_rows(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(ranks, batch, 3), logits(ranks, batch, 0), rtol=1e-4, atol=1e-4)
 
 
-def asks_twice(log: list[tuple[int, str]]) -> Block:
-    """A block that adds to its rows what the ranks vote together; `log` gets (rows, what it did)."""
+def asks_twice(log: list[tuple[int, str]], first: bool) -> Block:
+    """A block that adds to its rows (of the tokens, if it is the first one) what the ranks vote together;
+    `log` gets (rows, what it did)."""
 
-    def block(x: Tensor | None, batch: Batch, out: Tensor) -> Generator[Tensor, Tensor, None]:
+    def block(x: Tensor, batch: Batch, out: Tensor) -> Generator[Tensor, Tensor, None]:
         rows = batch.num_tokens
-        x = batch.input_ids[:, None].float() * torch.ones(8) if x is None else x
+        x = batch.input_ids[:, None].float() * torch.ones(8) if first else x
         total = x.sum(1)
         for turn in range(2):
             log.append((rows, f"asks {turn}"))
@@ -118,10 +119,10 @@ def run_voting(ranks: Ranks, port: int | None) -> None:
         found, logs = [], []
         for cut in (0, 4):
             log: list[tuple[int, str]] = []
-            block = asks_twice(log)
+            chain = [(asks_twice(log, first), joint) for first in (True, False)]
             seams = [LocalSeam(9, 8, torch.float32, group.device) for _ in range(2)]
             halves = batch.split(cut) if cut else (batch,)
-            found.append(run([(block, joint)] * 2, halves, seams, group.votes))
+            found.append(run(chain, halves, seams, group.votes))
             logs.append(log)
     assert torch.equal(found[0], found[1]) and found[0].abs().sum() > 0
     turns = ["asks 0", "asks 1", "done"]

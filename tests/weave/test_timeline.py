@@ -49,7 +49,7 @@ def test_a_block_that_votes_is_a_span_for_each_part(tmp_path: Path) -> None:
     seams: list[Seam] = [LocalSeam(9, 8, torch.float32, alone.device) for _ in range(2)]
     recorder = Recorder(torch.device("cpu"))
     recorder.begin(0)
-    chain = recorder.chain([(asks_twice([]), joint)] * 3)
+    chain = recorder.chain([(asks_twice([], first), joint) for first in (True, False, False)])
     run(chain, nine_rows().split(4), recorder.seams(seams), alone.votes)
     blocks = [span for span in recorder.steps[0] if span.kind == "block"]
     places = [("embedding", -1), ("attention", 0), ("mlp", 0)]

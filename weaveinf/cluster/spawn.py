@@ -51,12 +51,7 @@ class Children:
 
     def __init__(self, config: EngineConfig, size: int, port: int) -> None:
         self.ranks = range(1, size)
-        self._place = {
-            "config": config.to_dict(),
-            "size": size,
-            "port": port,
-            "parent": os.getpid(),
-        }
+        self._place = {"config": config.to_dict(), "size": size, "port": port, "parent": os.getpid()}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._lines: dict[int, deque[str]] = {r: deque(maxlen=LAST_WORDS) for r in self.ranks}
         self._readers: list[threading.Thread] = []

@@ -52,10 +52,7 @@ class Supervisor(threading.Thread):
     """
 
     def __init__(
-        self,
-        board: Board,
-        children: Children | Actors | None,
-        tell: Callable[[Exception | None], None],
+        self, board: Board, children: Children | Actors | None, tell: Callable[[Exception | None], None]
     ) -> None:
         super().__init__(name="supervisor", daemon=True)
         self._begun = self._done = 0  # steps on rank 0

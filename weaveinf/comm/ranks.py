@@ -77,12 +77,7 @@ class Ranks:
 
     @classmethod
     def join(
-        cls,
-        rank: int,
-        size: int,
-        store: dist.Store,
-        device: torch.device,
-        silence_s: float = SILENCE_S,
+        cls, rank: int, size: int, store: dist.Store, device: torch.device, silence_s: float = SILENCE_S
     ) -> Ranks:
         """Meets the other ranks through `store`; every rank of the group calls it, with equal size.
 

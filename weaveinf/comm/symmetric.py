@@ -53,15 +53,10 @@ _MAX_THREADS = 1024
 
 
 def defines(
-    dtype: torch.dtype,
-    hidden: int,
-    ranks: int,
-    multimem: bool = False,
-    fp8: bool = False,
-    max_threads: int = _MAX_THREADS,
+    dtype: torch.dtype, hidden: int, ranks: int, multimem: bool = False, fp8: bool = False
 ) -> dict[str, Any]:
     """What seam.cu is compiled with."""
-    sizes = {"HIDDEN": hidden, "RANKS": ranks, "MAX_THREADS": max_threads}
+    sizes = {"HIDDEN": hidden, "RANKS": ranks, "MAX_THREADS": _MAX_THREADS}
     return {"ELEMENT": _ELEMENTS[dtype], **sizes, "MULTIMEM": int(multimem), "FP8": int(fp8)}
 
 

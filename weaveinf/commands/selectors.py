@@ -259,13 +259,7 @@ def _written(keys: Tensor, batch: Batch) -> Tensor:
 
 
 def _step(
-    selector: Selector,
-    layer: int,
-    q: Tensor,
-    new: Tensor,
-    pools: Pair,
-    batch: Batch,
-    out: Tensor,
+    selector: Selector, layer: int, q: Tensor, new: Tensor, pools: Pair, batch: Batch, out: Tensor
 ) -> None:
     """What a layer does with a selector, but for the model's products."""
     selector.write(layer, new, pools[0], batch)

@@ -96,11 +96,7 @@ class Sampler:
         if len(columns):
             values = admission.bias_values[owned].astype(np.float32)
             self._bias[slot] = self.put(columns), self.put(values)
-        penalties = (
-            admission.repetition_penalty,
-            admission.frequency_penalty,
-            admission.presence_penalty,
-        )
+        penalties = (admission.repetition_penalty, admission.frequency_penalty, admission.presence_penalty)
         self._history.forget(slot)
         if penalties != (1.0, 0.0, 0.0):
             prompt = self.put(self._own(admission.prompt_token_ids)[0])

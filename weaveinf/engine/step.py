@@ -30,14 +30,7 @@ PER_SEQUENCE = (
 )
 _LOWEST = np.array([[0], [0], [1], [0], [0], [0], [0], [-1], [0]], np.int32)
 _INTEGERS = ("slot", "seed", "top_k", "min_tokens", "logprobs", "prompt_logprobs", "selector_budget")
-_FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-)
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _ARRAYS = ("banned_ids", "bias_ids", "bias_values", "prompt_token_ids", "output_token_ids")
 _HEADER = 13
 _FIXED = len(_INTEGERS) + len(_FLOATS) + len(_ARRAYS)

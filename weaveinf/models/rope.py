@@ -24,15 +24,7 @@ _KEYS = {
     "linear": {"factor"},
     "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-    "yarn": {
-        "factor",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
 }
 _NAMES, _OTHERS = {"rope_type", "type"}, {"original_max_position_embeddings", "finetuned"}
 _ALWAYS = _NAMES | _OTHERS | {"rope_theta", "partial_rotary_factor"}
@@ -125,12 +117,7 @@ class Rope:
         reach = max_positions if kind in ("default", "llama3") else max(max_positions, stretched)
         default = max_positions if kind == "dynamic" else reach
         return cls(
-            kind,
-            head_dim,
-            original=original,
-            default_positions=default,
-            max_positions=reach,
-            **values,
+            kind, head_dim, original=original, default_positions=default, max_positions=reach, **values
         )
 
     def frequencies(self, length: int) -> Tensor:

@@ -75,12 +75,7 @@ def moe_reference(
 
 
 def moe(
-    x: Tensor,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
-    weights: Tensor,
-    ids: Tensor,
-    out: Tensor,
+    x: Tensor, gate_up: ExpertWeights, down: ExpertWeights, weights: Tensor, ids: Tensor, out: Tensor
 ) -> Tensor:
     """out [rows, H] = sum over the chosen experts of weights * down(silu_mul(gate_up(x))).
 

@@ -26,10 +26,7 @@ _LEVELS: dict[str, dict[str, frozenset[str]]] = {
         "avx2": frozenset("avx2 fma".split()),
         "x86_64": frozenset("sse4_2".split()),
     },
-    "aarch64": {
-        "armv8bf16": frozenset("asimd bf16".split()),
-        "armv8": frozenset("asimd".split()),
-    },
+    "aarch64": {"armv8bf16": frozenset("asimd bf16".split()), "armv8": frozenset("asimd".split())},
 }
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -105,12 +105,7 @@ def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
 
 
 def penalise(
-    logits: Tensor,
-    counts: Tensor,
-    prompt: Tensor,
-    repetition: Tensor,
-    frequency: Tensor,
-    presence: Tensor,
+    logits: Tensor, counts: Tensor, prompt: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
 ) -> Tensor:
     """Logits [rows, width] after the penalties (float32 [rows, 1]) for tokens that were seen.
 
@@ -354,12 +349,7 @@ def _reaching(scores: Tensor, edge: Tensor) -> Tensor:
 
 
 def first_of_mass(
-    scores: Tensor,
-    below: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    shard: Shard,
-    relative: bool = False,
+    scores: Tensor, below: Tensor, weight: Tensor, target: Tensor, shard: Shard, relative: bool = False
 ) -> Voting[Tensor]:
     """The fewest tokens, highest scores first, whose weights reach `target`: 1.0 or 0.0, float32.
 

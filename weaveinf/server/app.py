@@ -44,7 +44,7 @@ log = logging.getLogger("weaveinf")
 
 _PAGE = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; form-action 'none'; "
-    "frame-ancestors 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
+    "frame-ancestors 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 }
 LATE_S = 60.0
 """So long after a request's deadline its client may take to read the answer."""

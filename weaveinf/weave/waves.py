@@ -27,10 +27,7 @@ class Gpu:
     link: float
 
 
-GPUS = {
-    "h100": Gpu(132, 989.4e6, 3.35e6, 0.45e6),
-    "h200": Gpu(132, 989.4e6, 4.8e6, 0.45e6),
-}
+GPUS = {"h100": Gpu(132, 989.4e6, 3.35e6, 0.45e6), "h200": Gpu(132, 989.4e6, 4.8e6, 0.45e6)}
 
 # Fitted together on what was published of 8 H100 in eager mode: kernels by rows and CTAs (tables K1 to K4),
 # an MLP by rows (the split ablation), and a 70B model's prefill of 1K, 4K and 16K tokens, plain, without
