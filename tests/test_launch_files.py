@@ -27,6 +27,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.cluster.harness import PATIENCE_S
 from tests.server.harness import DEMO, until
 from weaveinf.cli import parser
+from weaveinf.config import EngineConfig
+from weaveinf.server.config import ServerConfig
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -173,6 +175,20 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_validator_accepts(file: Path) -> None:
     CHECKS[file.name if file.name in CHECKS else file.suffix](file)
+
+
+def test_ray_serve_knows_every_argument() -> None:
+    ray_app = pytest.importorskip("weaveinf.server.ray_app")
+    service = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())
+    (app,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    kinds = (EngineConfig, ServerConfig, ray_app.Scale)
+    known = {name for kind in kinds for name in kind.__dataclass_fields__}
+    (other,) = yaml.safe_load((LAUNCH / "ray_serve.yaml").read_text())["applications"]
+    assert app["args"].keys() | other["args"].keys() <= known
+    # A pod has room for the ranks of one replica, each of which takes a processor of Ray's.
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["rayStartParams"]["num-cpus"] == str(app["args"]["tensor_parallel_size"])
+    assert workers["replicas"] == app["args"]["max_replicas"]
 
 
 def test_systemd_understands_every_line(tmp_path: Path) -> None:
