@@ -123,7 +123,8 @@ def test_other_statuses(server: Server) -> None:
     assert status("GET", "/nowhere") == 404
     assert status("POST", "/v1/completions", json={"model": "gpt-5", "prompt": "a"}) == 404
     assert status("GET", "/v1/completions") == 405
-    assert status("POST", "/v1/completions", content=b"prompt=a") == 415
+    assert status("POST", "/v1/completions", content=b'{"prompt": "a"}') == 400  # as a browser's form would
+    assert status("POST", "/v1/models", json={}) == 405
     assert status("GET", "/v1/models", headers={"Host": "evil.example"}) == 403
     big = b'{"prompt": "' + b"a" * (100 << 20) + b'"}'
     assert status("POST", "/v1/completions", content=big, headers={"Content-Type": "application/json"}) == 413

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from weaveinf import __version__
@@ -26,7 +26,7 @@ from weaveinf.server import tools
 from weaveinf.server.answers import ChatAnswer, CompletionAnswer, Object, head, usage
 from weaveinf.server.async_engine import AsyncEngine, Job, Piece
 from weaveinf.server.config import ServerConfig
-from weaveinf.server.errors import ApiError, error_body
+from weaveinf.server.errors import ApiError, ErrorBody, error_body
 from weaveinf.server.guard import Guard
 from weaveinf.server.metrics import EngineCollector
 from weaveinf.server.protocol import (
@@ -54,7 +54,8 @@ TEXT_THREADS = 2
 
 def make_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """The application over an engine, which whoever serves it starts and closes."""
-    app = FastAPI(title="weaveinf", version=__version__, docs_url=None, redoc_url=None)
+    refusals: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
+    app = FastAPI(title="weaveinf", version=__version__, docs_url=None, redoc_url=None, responses=refusals)
     app.router.route_class = _Route
     app.add_middleware(Guard, config=config)
     if config.otlp_endpoint is not None:
@@ -75,15 +76,16 @@ class _Routes:
         engine.metrics.registry.register(EngineCollector(engine, self._model))
 
     def add_to(self, app: FastAPI) -> None:
-        app.post("/v1/chat/completions")(self.chat)
-        app.post("/v1/completions")(self.complete)
+        streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+        app.post("/v1/chat/completions", responses=streams)(self.chat)
+        app.post("/v1/completions", responses=streams)(self.complete)
         app.post("/tokenize")(self.tokenize)
         app.post("/detokenize")(self.detokenize)
         app.get("/v1/models")(self.models)
         app.get("/health")(self.health)
         app.get("/ready")(self.ready)
         app.get("/version")(self.version)
-        app.get("/metrics")(self.metrics)
+        app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
         app.get("/status")(self.status)
         app.get("/", include_in_schema=False)(self.page)
 

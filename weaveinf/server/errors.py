@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -20,6 +21,12 @@ class ApiError(HTTPException):
     ) -> None:
         super().__init__(status, message, None if retry_after is None else {"Retry-After": str(retry_after)})
         self.param = param
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object: message, type, param and code."""
+
+    error: dict[str, str | int | None]
 
 
 def error_body(error: HTTPException) -> dict[str, Any]:

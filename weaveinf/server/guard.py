@@ -87,10 +87,6 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body:
             raise ApiError(413, f"the body exceeds {self._max_body} bytes")
-        if scope["method"] == "POST" and not headers.get(b"content-type", b"").startswith(
-            b"application/json"
-        ):
-            raise ApiError(415, "the body must be JSON, sent with Content-Type: application/json")
 
 
 class _Body:
