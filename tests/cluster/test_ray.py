@@ -95,6 +95,7 @@ def test_two_nodes_give_the_answers_of_one_rank(
     assert "token" not in caplog.text  # both nodes ask for one
 
 
+@pytest.mark.slow
 def test_ranks_of_a_node_are_neighbours(model: Path) -> None:
     settings = replace(config(model, 4), executor="ray", placement="spread")
     host = actors.connect()
@@ -108,6 +109,7 @@ def test_ranks_of_a_node_are_neighbours(model: Path) -> None:
         placed.signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_node_is_filled_first_and_the_store_is_private(model: Path) -> None:
     cluster = launch(replace(config(model, 2), executor="ray"))
     assert set(groups()[0]["bundles_to_node_id"].values()) == {ray.get_runtime_context().get_node_id()}
@@ -126,6 +128,7 @@ def test_a_node_is_filled_first_and_the_store_is_private(model: Path) -> None:
         (signal.SIGSTOP, "no sign of life for 4 s; it hangs or is stopped"),
     ],
 )
+@pytest.mark.slow
 def test_an_actor_that_ends_or_hangs_ends_all(
     model: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, words: str
 ) -> None:
@@ -139,6 +142,7 @@ def test_an_actor_that_ends_or_hangs_ends_all(
         tokens(cluster, 3, 4)
 
 
+@pytest.mark.slow
 def test_no_place_says_what_there_is(
     model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -151,6 +155,7 @@ def test_no_place_says_what_there_is(
     assert "waiting for Ray to place 5 ranks" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_group_that_is_there_is_used(model: Path) -> None:
     def inside() -> tuple[list[int], int]:
         cluster = launch(replace(config(model, 3), executor="ray"))
@@ -173,6 +178,7 @@ def test_a_group_that_is_there_is_used(model: Path) -> None:
         ray.util.remove_placement_group(group)
 
 
+@pytest.mark.slow
 def test_an_open_cluster_is_told_and_a_forgotten_engine_ends(model: Path) -> None:
     program = f"""
 import ray
@@ -200,6 +206,7 @@ print("tokens", *tokens(cluster, 0, 3))
     assert "RAY_AUTH_MODE=token" in line
 
 
+@pytest.mark.slow
 def test_a_data_set_goes_through_a_group(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     import ray.data

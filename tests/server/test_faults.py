@@ -42,7 +42,14 @@ def rebuilt(server: Server, since: float) -> None:
     assert len(server.ranks()) == 1
 
 
-@pytest.mark.parametrize("when", ["idle", "in prefill", "in decode", "under load"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "idle",
+        *(pytest.param(when, marks=pytest.mark.slow) for when in ("in prefill", "in decode")),
+        "under load",
+    ],
+)
 def test_a_rank_is_killed(breakable: Server, when: str) -> None:
     server = breakable
     alone = server.text("def f(", max_tokens=8)
@@ -81,6 +88,7 @@ def test_a_stream_that_was_begun_ends_with_an_error(breakable: Server) -> None:
     rebuilt(breakable, time.monotonic())
 
 
+@pytest.mark.slow
 def test_a_rank_hangs(breakable: Server) -> None:
     """Noticed by its silence, and treated as dead."""
     answer: list[int] = []
@@ -96,6 +104,7 @@ def test_a_rank_hangs(breakable: Server) -> None:
     assert answer == [200]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_again_and_again_ends_the_server() -> None:
     with Server("--max-restarts", "1") as server:
         for _ in range(2):
@@ -125,6 +134,7 @@ def test_sigterm_lets_what_runs_end() -> None:
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_what_runs_too_long_is_ended_when_the_server_ends() -> None:
     with Server("--drain-s", "0.5", "--max-num-seqs", "1", tp=1) as server:
         with ThreadPoolExecutor(4) as pool:
@@ -150,6 +160,7 @@ def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
         assert server.metric('weaveinf_request_success_total{finished_reason="length"}') == ended
 
 
+@pytest.mark.slow
 def test_the_cache_is_full_of_long_requests() -> None:
     """Preemption, no deadlock, all end, and as they would alone."""
     with Server("--kv-cache-gib", "0.002", "--max-num-seqs", "16") as server:
@@ -161,6 +172,7 @@ def test_the_cache_is_full_of_long_requests() -> None:
         assert [server.text(f"{i} = ", **body) for i in range(12)] == found
 
 
+@pytest.mark.slow
 def test_the_log_cannot_be_written() -> None:
     """To a full disk: it keeps serving."""
     command = [sys.executable, "-m", "weaveinf", "serve", DEMO, "--port", "0", "--kv-cache-gib", "0.05"]
@@ -185,6 +197,7 @@ def test_the_log_cannot_be_written() -> None:
         assert process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_starting_fails_clearly(tmp_path: Any) -> None:
     def fails(*options: str) -> str:
         command = [sys.executable, "-m", "weaveinf", "serve", *options, "--port", "0"]

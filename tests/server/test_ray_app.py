@@ -21,6 +21,7 @@ from weaveinf import LLM, SamplingParams
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,7 @@ def test_chunked_bodies_are_bounded_too(server: Server) -> None:
     assert server.client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_header_too_large_and_a_slow_client(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as endless:
