@@ -13,6 +13,7 @@ from tests.server.harness import DEMO, MODEL, Server, events
 from weaveinf import LLM, SamplingParams
 
 PROMPT = "def softmax(x):"
+OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_stream_is_the_whole_in_pieces(server: Server) -> None:
     body = {"prompt": [PROMPT, "é"], "n": 2, "seed": 3, "max_tokens": 12, "logprobs": 1}
     whole = server.post("/v1/completions", **body).json()
     with server.client.stream(
-        "POST", "/v1/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}}
+        "POST", "/v1/completions", json=body | {"stream": True, "stream_options": OPTIONS}
     ) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         *chunks, usage, done = events(response)
@@ -75,6 +76,8 @@ def test_stream_is_the_whole_in_pieces(server: Server) -> None:
         "prompt_tokens_details": None,
     }
     assert len({chunk["id"] for chunk in chunks}) == 1
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1] <= usage["usage"]["completion_tokens"]
     for wanted in whole["choices"]:
         mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == wanted["index"]]
         assert "".join(choice["text"] for choice in mine) == wanted["text"]

@@ -34,6 +34,7 @@ from weaveinf.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     Sampling,
+    StreamOptions,
     TokenizeRequest,
 )
 from weaveinf.server.status import status
@@ -182,8 +183,8 @@ class _Routes:
         finally:
             seen["output_tokens"] = job.num_answered
         if body.stream:
-            wanted = body.stream_options is not None and body.stream_options.include_usage
-            return _Stream(top, answer.choices, job, first, pieces, wanted)
+            options = body.stream_options or StreamOptions()
+            return _Stream(top, answer.choices, job, first, pieces, options)
         await pieces.aclose()
         found = sorted(first, key=lambda piece: piece.sample)
         choices = [choice for piece in found for choice in answer.choices(piece)]
@@ -256,12 +257,12 @@ class _Stream(Response):
         job: Job,
         first: list[Piece],
         rest: AsyncGenerator[list[Piece]],
-        wants_usage: bool,
+        options: StreamOptions,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._top, self._choices, self._job = top, choices, job
-        self._first, self._rest, self._wants_usage = first, rest, wants_usage
+        self._first, self._rest, self._options = first, rest, options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -279,7 +280,11 @@ class _Stream(Response):
             async for pieces in self._rest:
                 if chunks := self._chunks(pieces):
                     await send(_part(chunks))
-            end = [self._top | {"choices": [], "usage": usage(self._job)}] if self._wants_usage else []
+            end = (
+                [self._top | {"choices": [], "usage": usage(self._job)}]
+                if self._options.include_usage
+                else []
+            )
             await send(_part([*end, "[DONE]"]))
         except Exception as error:
             if not isinstance(error, HTTPException):
@@ -291,7 +296,9 @@ class _Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _chunks(self, pieces: list[Piece]) -> list[Object]:
-        more = {"usage": None} if self._wants_usage else {}
+        more: Object = {"usage": None} if self._options.include_usage else {}
+        if self._options.continuous_usage_stats:
+            more = {"usage": usage(self._job)}
         return [
             self._top | {"choices": [choice]} | more for piece in pieces for choice in self._choices(piece)
         ]
@@ -349,23 +356,24 @@ class _StrictRequest(Request):
             raise ApiError(400, f"the body is not JSON: {error}") from None
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    request.state.log["param"] = getattr(error, "param", None)
     return JSONResponse(error_body(error), error.status_code, error.headers)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     path = [str(part) for part in first["loc"][1:]]
     what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"]
     message = f"{'.'.join(path)}: {what}" if path else what
-    return await _refused(_, ApiError(400, message, path[0] if path else None))
+    return await _refused(request, ApiError(400, message, path[0] if path else None))
 
 
-async def _wrong(_: Request, error: Exception) -> Response:
+async def _wrong(request: Request, error: Exception) -> Response:
     """The words of a ValueError begin with the field, where they are about one."""
     words = str(error).replace("=", " ").replace(":", " ").replace("[", " ").split()[:3]
     fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() | {"tokens"}
     param = next((word for word in words if word in fields), None)
-    return await _refused(_, ApiError(400, str(error), param))
+    return await _refused(request, ApiError(400, str(error), param))

@@ -25,7 +25,10 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    """Usage at the end of a stream; with continuous_usage_stats in every chunk too, as it is by then."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 _SAME = (
