@@ -108,13 +108,13 @@ def look(cubin: bytes, case: tuple[torch.dtype, int, int, bool, bool], home: Pat
     assert re.search(r"STG\.E\.(64|128)", code), case
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_no_spills_and_the_switch_s_instructions(architecture: str, tmp_path: Path) -> None:
     for case in cases():
         look(compiled(architecture, symmetric.defines(*case)), case, tmp_path)
 
 
-@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_90a", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_nvcc_compiles_the_same(architecture: str, tmp_path: Path) -> None:
     for case in cases()[::3]:
         look(by_nvcc(architecture, symmetric.defines(*case), tmp_path), case, tmp_path)

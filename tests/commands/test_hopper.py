@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 def test_it_runs_dry(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "HOSTS": ""}

@@ -383,6 +383,7 @@ def harm(fresh: Callable[..., Engine]) -> None:
     assert also.finish_reason == "stop" and also.output_token_ids == good
 
 
+@pytest.mark.slow
 def test_a_schema_that_never_ends_harms_nobody_else(path: Path, grammars: Grammars) -> None:
     on_one_rank(path, grammars, harm)
 

@@ -47,7 +47,7 @@ def model(needles: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("which", ["", "deep", "indexed"])
+@pytest.mark.parametrize("which", ["", pytest.param("deep", marks=pytest.mark.slow), "indexed"])
 def test_exact_in_transformers(needles: Any, model: Path, which: str, dtype: torch.dtype) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model / which, dtype=dtype).eval()
     for kind in needles.HAYSTACKS:
@@ -78,7 +78,11 @@ def on_ranks(ranks: Ranks, model: str, selector: dict[str, Any] | None, asked: S
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(
-    "method", [None, "quest", "fasa", "fasa, query heads", "tokenselect", "hisa", "lazyllm"]
+    "method",
+    [
+        *(None, "quest", "fasa", "tokenselect", "hisa", "lazyllm"),
+        pytest.param("fasa, query heads", marks=pytest.mark.slow),
+    ],
 )
 def test_exact_with_room_for_all(needles: Any, model: Path, method: str | None, size: int) -> None:
     """And with a tenth of it, or less, a lone needle is found."""

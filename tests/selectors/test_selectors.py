@@ -564,8 +564,8 @@ def test_a_small_budget_takes_little_of_an_engine_that_allows_much(tmp_path: Pat
     ("settings", "words"),
     [
         (Quest(dense_below=0, budget=PAGE), "budget=16 must be at least 32"),
-        (TokenSelect(dense_below=0, budget=0), "budget and local of at least 1"),
-        (TokenSelect(dense_below=0, local=0), "budget and local of at least 1"),
+        (TokenSelect(dense_below=0, budget=0), "budget and local from 1"),
+        (TokenSelect(dense_below=0, local=0), "budget and local from 1"),
         (TokenSelect(positions="other"), "must be one of original, compacted"),  # type: ignore[arg-type]
         (Fasa(), "wants the table of this model"),
         (Fasa(dense_below=0, table="x", planes=99), "1 to 16 planes, got 256 and 99"),

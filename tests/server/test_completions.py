@@ -163,6 +163,7 @@ def test_many_at_once_equal_each_alone(server: Server) -> None:
     assert together == alone
 
 
+@pytest.mark.slow
 def test_priorities_order_those_who_wait() -> None:
     """With one place, the urgent request overtakes those that came before it."""
     import threading

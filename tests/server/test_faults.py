@@ -34,9 +34,11 @@ def breakable() -> Any:
 
 def rebuilt(server: Server, since: float) -> None:
     """Waits until the ranks are back; a client that asks meanwhile is told so, or served."""
-    while (found := server.client.get("/health")).status_code != 200:
-        assert found.json()["status"] != "ok"
-        assert server.client.get("/ready").status_code == 503
+    while True:
+        ready, health = (server.client.get(path).status_code for path in ("/ready", "/health"))
+        if health == 200:
+            break
+        assert ready == 503
         assert time.monotonic() - since < REBUILT_S
         time.sleep(0.05)
     assert len(server.ranks()) == 1
@@ -258,7 +260,7 @@ def crowd(server: Server, clients: int, seconds: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("clients", "seconds"), [(60, 4.0), pytest.param(500, 180.0, marks=pytest.mark.slow)]
+    ("clients", "seconds"), [(60, 2.0), pytest.param(500, 180.0, marks=pytest.mark.slow)]
 )
 def test_a_crowd_of_which_some_leave(clients: int, seconds: float) -> None:
     with Server("--max-waiting", "2000") as server:

@@ -68,6 +68,7 @@ def test_salts_share_no_prefix(server: Server) -> None:
     assert cached(cache_salt="yours") == 0
 
 
+@pytest.mark.slow
 def test_checks_hold_without_asserts(tmp_path: Path) -> None:
     """python -O takes away asserts; no check of a request is one."""
     keys = tmp_path / "keys"
