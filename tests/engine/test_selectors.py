@@ -138,7 +138,9 @@ def on_ranks(
     return result
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "compacted" else n for n in METHODS]
+)
 def test_a_request_gets_the_same_whatever_runs_it(tmp_path: Path, name: str) -> None:
     model = make_checkpoint(tmp_path, "llama", **SIZES)
     chosen = settings(name, tmp_path)
