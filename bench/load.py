@@ -88,7 +88,10 @@ class Server:
             str(requests),
         ]
         each_process(self._process.pid, psutil.Process.resume)
-        found = run([*command, *SIZES])["runs"][0]
+        try:
+            found = run([*command, *SIZES])["runs"][0]
+        except RuntimeError as error:
+            raise self._failure(str(error)) from None
         each_process(self._process.pid, psutil.Process.suspend)
         if found["errors"]:
             raise RuntimeError(f"{self.name}, {clients} clients: {found['first_errors']}")
@@ -107,9 +110,14 @@ class Server:
                 urlopen(f"{self._url}/v1/models", timeout=5).close()
                 return
             time.sleep(0.5)
+        raise self._failure(f"it ended, or was not ready within {LIMIT_S:.0f} s")
+
+    def _failure(self, what: str) -> RuntimeError:
         self._noise.seek(0)
         tail = "".join(self._noise.readlines()[-15:])
-        raise RuntimeError(f"{self.name} ended, or was not ready within {LIMIT_S:.0f} s:\n{tail}")
+        return RuntimeError(
+            f"{self.name}: {what}\nIts exit status: {self._process.poll()}; its last words:\n{tail}"
+        )
 
 
 def offline(model: Path, clients: int, requests: int) -> dict[str, Any]:
