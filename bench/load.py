@@ -123,7 +123,7 @@ class Server:
 def offline(model: Path, clients: int, requests: int) -> dict[str, Any]:
     """One run of `weaveinf bench throughput`."""
     command = ["bench", "throughput", str(model), "--tp", "2", "--max-num-seqs", str(clients)]
-    return run([*command, "--requests", str(requests), *SIZES])
+    return run([*command, "--requests", str(requests), *SIZES]) | {"model": model.name}
 
 
 def take_turns(model: Path, servers: list[Server], clients: list[int], turns: int) -> dict[int, list[Turn]]:

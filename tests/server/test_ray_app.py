@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -147,6 +149,13 @@ def test_wrong_settings_are_named(given: dict[str, Any], words: str) -> None:
 
     with pytest.raises(ValueError, match=words):
         build({"model": DEMO, **given})
+
+
+def test_it_is_built_before_a_cluster_is_joined() -> None:
+    """As `serve run` does, in a process of its own."""
+    line = f"from weaveinf.server.ray_app import build; print(build({{'model': {DEMO!r}}}))"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=120)
+    assert "Application" in done.stdout, done.stderr
 
 
 def test_the_file_for_deployment_is_one(cluster: Any) -> None:

@@ -55,6 +55,13 @@ def test_calls_are_found(text: str, content: str, names: list[str], step: int) -
     assert len({call["id"] for call in calls}) == len(calls)
 
 
+def test_strict_arguments_are_not_promised_where_they_cannot_be_kept() -> None:
+    strict = {"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="strict"):
+        offered(request(tools=[strict]))
+    assert offered(request(tools=[strict], tool_choice="required"))
+
+
 def test_text_is_shown_as_it_comes() -> None:
     reader = ToolReader(offered(request()), parallel=True)
     assert reader.add("The answer ") == "The answer "

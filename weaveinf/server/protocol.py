@@ -164,8 +164,9 @@ class NamedTool(Body):
 
 
 class JsonSchema(Body):
+    """The name is the client's own; answers fulfil the schema whether `strict` or not."""
+
     name: str
-    description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 

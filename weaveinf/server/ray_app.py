@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import ray
 from pydantic import TypeAdapter
 from ray import serve
 from ray.exceptions import RayError
@@ -73,6 +75,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     if Path(str(args.get("model"))).is_dir():  # replicas have a working directory of their own
         given["model"] = str(Path(args["model"]).absolute())
     config, server, scale = _read(EngineConfig, given), _read(ServerConfig, given), _read(Scale, given)
+    if not ray.is_initialized():  # `serve run` joins the cluster only after this
+        ray.init(namespace="serve", logging_level=logging.WARNING)
     take = share(config.device)
     if "CPU" in take:
         take["CPU"] = scale.num_cpus

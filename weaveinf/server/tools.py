@@ -17,6 +17,8 @@ def offered(request: ChatRequest) -> list[Tool]:
         if request.tools is None and request.tool_choice not in (None, "none"):
             raise ValueError("tool_choice needs tools")
         return []
+    if request.tool_choice in (None, "auto") and any(tool.function.strict for tool in request.tools):
+        raise ValueError("tools: strict arguments need a tool_choice that requires a call")
     if not isinstance(request.tool_choice, NamedTool):
         return request.tools
     name = request.tool_choice.function.name
