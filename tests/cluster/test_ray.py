@@ -207,6 +207,20 @@ print("tokens", *tokens(cluster, 0, 3))
 
 
 @pytest.mark.slow
+def test_a_node_with_another_token_cannot_join(cluster: Any) -> None:
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        f"--address={cluster.address}",
+        "--num-cpus=1",
+    ]
+    environment = {**os.environ, "RAY_AUTH_TOKEN": "w" * 32}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode != 0 and "oken" in done.stdout + done.stderr
+    assert len(ray.nodes()) == 2
+
+
+@pytest.mark.slow
 def test_a_data_set_goes_through_a_group(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     import ray.data

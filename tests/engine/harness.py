@@ -23,10 +23,14 @@ class PoolExecutor:
     """Rank 0 of ranks that are there already; the others follow. Two steps are under way, as on a GPU."""
 
     ahead = 1
+    failure: Exception | None = None
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._queue: deque[Step] = deque()
+
+    def silent(self) -> str | None:
+        return None
 
     def submit(self, step: Step) -> None:
         words = step.pack()

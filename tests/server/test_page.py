@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -64,7 +65,14 @@ def test_it_shows_a_woven_engine_at_work(page: webdriver.Chrome, tmp_path: Path)
             )
         until(lambda: "–" not in text(page, "latency"))
         page.save_screenshot(str(tmp_path / "page.png"))
+        answer = server.client.get("/")
+        assert "unsafe-inline" not in answer.headers["content-security-policy"]
         severe = [line["message"] for line in page.get_log("browser") if line["level"] == "SEVERE"]
         assert [line for line in severe if "401" not in line] == []
+        os.kill(server.process.pid, signal.SIGSTOP)  # it takes connections, and never answers
+        until(lambda: text(page, "state") == "does not answer")
+        assert page.find_element("tag name", "main").get_attribute("class") == "stale"
+        os.kill(server.process.pid, signal.SIGCONT)
+        until(lambda: page.find_element("tag name", "main").get_attribute("class") == "")
         server.end(signal.SIGKILL)
         until(lambda: text(page, "state") == "unreachable")

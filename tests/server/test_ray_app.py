@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster.harness import eventually
 from tests.ray_cluster import ray_cluster
@@ -32,21 +33,28 @@ def cluster() -> Iterator[Any]:
         yield one
 
 
-@pytest.fixture(scope="module")
-def client(cluster: Any) -> Iterator[httpx.Client]:
+@contextmanager
+def serving(**scale: str) -> Iterator[httpx.Client]:
+    """The demo's model on the cluster, and a client of it."""
     from weaveinf.server.ray_app import build
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     text = {"model": DEMO, "served_model_name": MODEL, "device": "cpu", "dtype": "float32"}
-    text |= {"kv_cache_gib": "0.05", "max_model_len": "512", "min_replicas": "2", "max_replicas": "2"}
-    serve.run(build(text), name=MODEL)
+    text |= {"kv_cache_gib": "0.05", "max_model_len": "512"}
+    serve.run(build(text | scale), name=MODEL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as one:
             yield one
     finally:
         serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Any) -> Iterator[httpx.Client]:
+    with serving(min_replicas="2", max_replicas="2") as one:
+        yield one
 
 
 def complete(client: httpx.Client, prompt: str, **body: Any) -> httpx.Response:
@@ -63,10 +71,16 @@ def engines() -> dict[str, str]:
     return {one["replica_id"]: one["node_id"] for one in replicas if one["state"] == "RUNNING"}
 
 
-def seen(client: httpx.Client, name: str) -> set[float]:
-    """A metric of either engine: which one answers, the beginning of the body decides."""
-    pages = [client.request("GET", "/metrics", content=f'"prompt" {i}').text for i in range(20)]
-    return {sum(map(float, re.findall(rf"^weaveinf_{name}(?:{{.*}})? (\S+)$", page, re.M))) for page in pages}
+def seen(client: httpx.Client, name: str, **labels: str) -> set[float]:
+    """A metric of each engine."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == f"weaveinf_{name}" and labels.items() <= sample.labels.items():
+                engine = sample.labels["engine"]
+                found[engine] = found.get(engine, 0.0) + sample.value
+    assert len(found) == 2
+    return {*found.values()}
 
 
 def test_answers_are_those_of_one_engine(client: httpx.Client) -> None:
@@ -112,12 +126,11 @@ def test_many_of_one_beginning_are_shared(client: httpx.Client) -> None:
 
 
 def test_a_client_that_leaves_ends_its_request(client: httpx.Client) -> None:
-    aborted = r'request_success_total\{finished_reason="abort"\}'
     given = {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=given) as answer:
         lines = answer.iter_lines()
         next(lines)
-    assert eventually(lambda: seen(client, aborted) == {0, 1})
+    assert eventually(lambda: seen(client, "request_success_total", finished_reason="abort") == {0, 1})
     assert seen(client, "num_requests_running") == {0}
 
 

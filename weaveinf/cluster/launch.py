@@ -146,11 +146,9 @@ class Cluster:
 
     @property
     def failure(self) -> Exception | None:
-        """What ended the run, as soon as it is known; None while all is well."""
         return self._driver.failure
 
     def silent(self) -> str | None:
-        """The rank that has given no sign of life for too long; None while all are well."""
         return self._driver.silent()
 
     def submit(self, step: Step) -> None:

@@ -22,6 +22,7 @@ from weaveinf.engine.step import Step
 from weaveinf.engine.structured import Grammar, Grammars
 from weaveinf.engine.tokenizer import FILES, TextTokenizer, load_tokenizer
 from weaveinf.selectors.selector import Selector
+from weaveinf.weave.timeline import Recorder, Span
 
 
 @dataclass(slots=True)
@@ -193,6 +194,16 @@ class Engine:
             for request, tokens in ended + events
             if request.id in self._sequences
         ]
+
+    def record_step(self) -> tuple[list[Update], list[Span]]:
+        """A step, and what rank 0 did in it when; no spans where all steps are traced into a file."""
+        worker = self.executor.worker
+        if self.config.trace is not None:
+            return self.step(), []
+        worker.weaver.recorder = recorder = Recorder(worker.ranks.device)
+        updates = self.step()
+        worker.weaver.recorder = None
+        return updates, [span for spans in recorder.read() for span in spans]
 
     def close(self) -> None:
         """Ends the ranks; may be called again."""

@@ -19,6 +19,13 @@ class Executor(Protocol):
     worker: Worker
     """Rank 0's."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the run, as soon as it is known, also between steps; None while all is well."""
+
+    def silent(self) -> str | None:
+        """The rank that has given no sign of life for too long; None while all have. Any thread may ask."""
+
     def submit(self, step: Step) -> None:
         """Sends a step to every rank."""
 

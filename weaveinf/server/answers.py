@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from weaveinf.engine.request import TokenLogprob
@@ -20,24 +21,15 @@ Object = dict[str, Any]
 def head(names: tuple[str, str, str], model: str, stream: bool) -> Object:
     """What all objects of an answer begin with."""
     prefix, whole, chunk = names
-    object_ = chunk if stream else whole
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": object_,
-        "created": int(time.time()),
-        "model": model,
-    }
+    id_, now = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
+    return {"id": id_, "object": chunk if stream else whole, "created": now, "model": model}
 
 
 def usage(job: Job) -> Object:
     """The tokens of a job."""
-    prompt = sum(map(len, job.prompts))
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": job.num_answered,
-        "total_tokens": prompt + job.num_answered,
-        "prompt_tokens_details": {"cached_tokens": job.num_cached},
-    }
+    prompt, answer = sum(map(len, job.prompts)), job.num_answered
+    found = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return found | {"prompt_tokens_details": {"cached_tokens": job.num_cached}}
 
 
 class Spelling:
@@ -53,25 +45,16 @@ class Spelling:
             spelt = self._bytes(token)
             return {"token": spelt.decode(errors="replace"), "logprob": logprob, "bytes": list(spelt)}
 
-        return {
-            "content": [
-                one(entry.token_id, entry.logprob)
-                | {
-                    "top_logprobs": [
-                        one(*best) for best in zip(entry.top_ids, entry.top_logprobs, strict=True)
-                    ]
-                }
-                for entry in entries
-            ]
-        }
+        def among(entry: TokenLogprob) -> Object:
+            best = [one(*two) for two in zip(entry.top_ids, entry.top_logprobs, strict=True)]
+            return one(entry.token_id, entry.logprob) | {"top_logprobs": best}
+
+        return {"content": [*map(among, entries)]}
 
     def completion(self, ids: Sequence[int], entries: Sequence[TokenLogprob | None], at: int) -> Object:
         """Of `/v1/completions`; `at`: where in the text they begin. None: nothing predicts the token."""
         tokens = [self.text(token) for token in ids]
-        offsets = []
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
+        offsets = [*accumulate(map(len, tokens), initial=at)][:-1]
         best = [
             entry
             and dict(zip(map(self.text, entry.top_ids), entry.top_logprobs, strict=True))
@@ -151,7 +134,7 @@ class ChatAnswer:
     ) -> None:
         self._request = request
         self._job = job
-        self._tools, self._parallel = tools, request.parallel_tool_calls
+        self._tools = tools
         self._spelling = Spelling(tokenizer)
         self._readers: dict[int, ToolReader] = {}
 

@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
-from importlib.resources import files
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from weaveinf import __version__
 from weaveinf.engine.request import SamplingParams
@@ -37,16 +37,12 @@ from weaveinf.server.protocol import (
     StreamOptions,
     TokenizeRequest,
 )
-from weaveinf.server.status import status
+from weaveinf.server.status import page, status
 from weaveinf.server.tracing import Traced
 
 T = TypeVar("T")
 log = logging.getLogger("weaveinf")
 
-_PAGE = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; form-action 'none'; "
-    "frame-ancestors 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
-}
 LATE_S = 60.0
 """So long after a request's deadline its client may take to read the answer."""
 TEXT_THREADS = 2
@@ -184,7 +180,7 @@ class _Routes:
             seen["output_tokens"] = job.num_answered
         if body.stream:
             options = body.stream_options or StreamOptions()
-            return _Stream(top, answer.choices, job, first, pieces, options)
+            return _Stream(_events(top, answer.choices, job, first, pieces, options), job)
         await pieces.aclose()
         found = sorted(first, key=lambda piece: piece.sample)
         choices = [choice for piece in found for choice in answer.choices(piece)]
@@ -213,14 +209,8 @@ class _Routes:
 
     async def models(self) -> Object:
         most = self._engine.engine.model_config.max_model_len
-        model = {
-            "id": self._model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "weaveinf",
-            "max_model_len": most,
-        }
-        return {"object": "list", "data": [model]}
+        one = {"id": self._model, "object": "model", "created": 0, "owned_by": "weaveinf"}
+        return {"object": "list", "data": [one | {"max_model_len": most}]}
 
     async def health(self) -> Response:
         silent = self._engine.silent()
@@ -241,28 +231,16 @@ class _Routes:
         return status(self._engine, self._model)
 
     async def page(self) -> Response:
-        return HTMLResponse((files("weaveinf") / "assets" / "status.html").read_text(), headers=_PAGE)
+        return HTMLResponse(*page())
 
 
 class _Stream(Response):
-    """Server-sent events: a chunk for each choice of each piece, then the usage if it is wanted.
+    """Server-sent events. When the client leaves, what makes them is cancelled."""
 
-    When the client leaves, what makes the pieces is cancelled.
-    """
-
-    def __init__(
-        self,
-        top: Object,
-        choices: Callable[[Piece], list[Object]],
-        job: Job,
-        first: list[Piece],
-        rest: AsyncGenerator[list[Piece]],
-        options: StreamOptions,
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], job: Job) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._top, self._choices, self._job = top, choices, job
-        self._first, self._rest, self._options = first, rest, options
+        self._events, self._job = events, job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -274,43 +252,48 @@ class _Stream(Response):
             scope["state"]["log"]["output_tokens"] = self._job.num_answered
 
     async def _send(self, send: Send) -> None:
-        try:
+        async with aclosing(self._events):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send(_part(self._chunks(self._first)))
-            async for pieces in self._rest:
-                if chunks := self._chunks(pieces):
-                    await send(_part(chunks))
-            end = (
-                [self._top | {"choices": [], "usage": usage(self._job)}]
-                if self._options.include_usage
-                else []
-            )
-            await send(_part([*end, "[DONE]"]))
-        except Exception as error:
-            if not isinstance(error, HTTPException):
-                log.exception("a stream failed")
-                error = ApiError(500, "the server failed; see its log")
-            await send(_part([error_body(error)]))
-        finally:
-            await self._rest.aclose()
+            async for part in self._events:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _chunks(self, pieces: list[Piece]) -> list[Object]:
-        more: Object = {"usage": None} if self._options.include_usage else {}
-        if self._options.continuous_usage_stats:
-            more = {"usage": usage(self._job)}
-        return [
-            self._top | {"choices": [choice]} | more for piece in pieces for choice in self._choices(piece)
-        ]
+
+async def _events(
+    top: Object,
+    choices: Callable[[Piece], list[Object]],
+    job: Job,
+    first: list[Piece],
+    rest: AsyncGenerator[list[Piece]],
+    options: StreamOptions,
+) -> AsyncGenerator[bytes]:
+    """A chunk for each choice of each piece, then the usage if it is wanted."""
+
+    def chunks(pieces: list[Piece]) -> list[Object]:
+        more: Object = {"usage": None} if options.include_usage else {}
+        if options.continuous_usage_stats:
+            more = {"usage": usage(job)}
+        return [top | {"choices": [choice]} | more for piece in pieces for choice in choices(piece)]
+
+    try:
+        yield _spelt(chunks(first))
+        async for pieces in rest:
+            if new := chunks(pieces):
+                yield _spelt(new)
+        end = [top | {"choices": [], "usage": usage(job)}] if options.include_usage else []
+        yield _spelt([*end, "[DONE]"])
+    except Exception as error:
+        if not isinstance(error, HTTPException):
+            log.exception("a stream failed")
+            error = ApiError(500, "the server failed; see its log")
+        yield _spelt([error_body(error)])
+    finally:
+        await rest.aclose()
 
 
-def _part(events: Sequence[Object | str]) -> Message:
+def _spelt(events: Sequence[Object | str]) -> bytes:
     said = (event.encode() if isinstance(event, str) else pydantic_core.to_json(event) for event in events)
-    return {
-        "type": "http.response.body",
-        "body": b"".join(b"data: %b\n\n" % one for one in said),
-        "more_body": True,
-    }
+    return b"".join(b"data: %b\n\n" % one for one in said)
 
 
 class _Gone(Exception):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weaveinf.cluster.launch import Cluster, launch
+from weaveinf.cluster.launch import launch
 from weaveinf.cluster.supervise import STUCK_S
 from weaveinf.comm.errors import RankDied
 from weaveinf.config import EngineConfig
@@ -21,7 +21,7 @@ from weaveinf.engine.engine import Engine, Update
 from weaveinf.engine.request import SamplingParams, TokenLogprob, mix_seed
 from weaveinf.server.config import ServerConfig
 from weaveinf.server.errors import ApiError
-from weaveinf.weave.timeline import Recorder, Span
+from weaveinf.weave.timeline import Span
 
 if TYPE_CHECKING:
     from weaveinf.server.metrics import Metrics
@@ -153,8 +153,7 @@ class AsyncEngine:
             return f"the engine is {self.state}"
         if not self._thread.is_alive() or time.monotonic() - self._turned > STUCK_S:
             return "the engine's thread stands still"
-        executor = self._engine.executor
-        return executor.silent() if isinstance(executor, Cluster) else None
+        return self._engine.executor.silent()
 
     async def run(self, job: Job) -> AsyncGenerator[list[Piece]]:
         """Runs a job and yields its pieces as they come; the last of each sample has a finish reason.
@@ -291,21 +290,18 @@ class AsyncEngine:
                     call, job = self._calls.get_nowait()
             except queue.Empty:
                 pass
-            executor = engine.executor
-            if isinstance(executor, Cluster) and executor.failure is not None:
-                raise executor.failure  # it died while nothing ran
+            if (failure := engine.executor.failure) is not None:
+                raise failure  # it died while nothing ran
             if updates := self._step(engine):
                 self._tell(self._deliver, updates)
 
     def _step(self, engine: Engine) -> list[tuple[Job, Piece]]:
-        weaver = engine.executor.worker.weaver
-        recording = self._turned - self._sampled > SAMPLE_S and engine.scheduler.has_work
-        if recording and self.config.trace is None:
-            self._sampled, weaver.recorder = self._turned, Recorder(engine.executor.worker.ranks.device)
-        updates = engine.step()
-        if recording and self.config.trace is None and weaver.recorder is not None:
-            recorder, weaver.recorder = weaver.recorder, None
-            self._keep([span for spans in recorder.read() for span in spans])
+        if self._turned - self._sampled > SAMPLE_S and engine.scheduler.has_work:
+            self._sampled = self._turned
+            updates, spans = engine.record_step()
+            self._keep(spans)
+        else:
+            updates = engine.step()
         return [found for update in updates if (found := self._piece(engine, update)) is not None]
 
     def _keep(self, spans: list[Span]) -> None:

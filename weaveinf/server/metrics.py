@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from weaveinf import __version__
 from weaveinf.engine.request import Request
@@ -173,3 +175,14 @@ def _gauge(name: str, what: str, value: float, labels: dict[str, Any] | None = N
     family = GaugeMetricFamily(f"weaveinf_{name}", what, labels=list(labels or ()))
     family.add_metric([*(labels or {}).values()], value)
     return family
+
+
+def together(pages: Mapping[str, str]) -> bytes:
+    """One page of the pages of several engines, whose names become a label."""
+    families: dict[str, Metric] = {}
+    for engine, page in pages.items():
+        for family in text_string_to_metric_families(page):
+            into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                into.add_sample(sample.name, sample.labels | {"engine": engine}, sample.value)
+    return generate_latest(SimpleNamespace(collect=families.values))  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import TypeAdapter
 from ray import serve
 from ray.exceptions import RayError
@@ -36,7 +37,7 @@ from weaveinf.server.async_engine import AsyncEngine
 from weaveinf.server.config import ServerConfig
 from weaveinf.server.errors import ApiError, error_body
 from weaveinf.server.guard import BODY_S
-from weaveinf.server.metrics import Metrics
+from weaveinf.server.metrics import Metrics, together
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ PREFIX_BYTES = 512
 """Of a prompt as it came: two that agree in them go to the same engine."""
 BUSIER = 8
 """Unless it has so many requests more than the least busy one."""
+METRICS_S = 10.0
+"""Engines have so long to tell them."""
 _SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
 
 
@@ -55,12 +58,14 @@ class Scale:
 
     min_replicas, max_replicas: between them, there are as many as keep the requests of each at what it runs
     at a time (`max_num_seqs`). num_cpus: that Ray counts for a rank on a CPU, and its threads where it is
-    the engine's only one.
+    the engine's only one. upscale_delay_s, downscale_delay_s: so long the load must ask for another number.
     """
 
     min_replicas: int = 1
     max_replicas: int = 1
     num_cpus: int = 1
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -88,6 +93,8 @@ def build(args: dict[str, Any]) -> serve.Application:
             min_replicas=scale.min_replicas,
             max_replicas=scale.max_replicas,
             target_ongoing_requests=config.max_num_seqs,
+            upscale_delay_s=scale.upscale_delay_s,
+            downscale_delay_s=scale.downscale_delay_s,
         ),
         max_ongoing_requests=config.max_num_seqs + server.max_waiting,
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),  # type: ignore[arg-type]
@@ -137,6 +144,9 @@ class Front:
         self._most = max_body_bytes
 
     async def __call__(self, request: Request) -> Response:
+        scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
+        if request.url.path == "/metrics":
+            return await self._metrics(scope)
         body = b""
         with suppress(TimeoutError):  # the engine refuses what is not whole, or too large
             async with asyncio.timeout(BODY_S):
@@ -146,9 +156,19 @@ class Front:
                         break
         starts = [at for at in (body.find(b'"messages"'), body.find(b'"prompt"')) if at >= 0]
         at = min(starts, default=0)
-        scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
         answer = self._engines.answer.remote(body[at : at + PREFIX_BYTES], scope, body)
         return _Passed(cast(AsyncIterator[Message], answer))
+
+    async def _metrics(self, scope: Scope) -> Response:
+        """Of all engines. One that is going is left out."""
+        asked = self._engines.broadcast("whole", scope)
+        answers = await asked.results_async(timeout_s=METRICS_S, return_exceptions=True)
+        pages = {}
+        for name, status, page in (one for one in answers if not isinstance(one, Exception)):
+            if status != 200:
+                return Response(page, status, media_type="application/json")
+            pages[name] = page.decode()
+        return Response(together(pages), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Passed(Response):
@@ -185,6 +205,12 @@ class Replica:
         """RuntimeError when Ray Serve shall make another replica in place of this."""
         if (words := self._engine.silent()) is not None:
             raise RuntimeError(words)
+
+    async def whole(self, scope: Scope) -> tuple[str, int, bytes]:
+        """This engine's name, and its answer to a request without a body: the status and the content."""
+        start, *rest = [message async for message in self.answer(b"", scope, b"")]
+        name = serve.get_replica_context().replica_id.unique_id
+        return name, start["status"], b"".join(message["body"] for message in rest)
 
     async def answer(self, beginning: bytes, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """What the ASGI application sends. Left early, the application is told that its client has gone."""

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from base64 import b64encode
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from weaveinf.server.async_engine import AsyncEngine
 from weaveinf.weave.timeline import hidden_seams
+
+
+@cache
+def page() -> tuple[str, int, dict[str, str]]:
+    """The page, its status, and its headers: it may run its own script only, and ask this server only."""
+    text = (files("weaveinf") / "assets" / "status.html").read_text()
+    policy = "default-src 'none'; connect-src 'self'; form-action 'none'; frame-ancestors 'none'"
+    for tag, inside in re.findall(r"<(script|style)>(.*?)</\1>", text, re.DOTALL):
+        policy += f"; {tag}-src 'sha256-{b64encode(sha256(inside.encode()).digest()).decode()}'"
+    return text, 200, {"Content-Security-Policy": policy}
 
 
 def status(at: AsyncEngine, model: str) -> dict[str, Any]:
