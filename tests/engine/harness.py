@@ -24,6 +24,7 @@ class PoolExecutor:
 
     ahead = 1
     failure: Exception | None = None
+    on_sent: Callable[[], None] | None = None
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker

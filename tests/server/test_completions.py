@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from collections.abc import Iterator
 
 import openai
 import pytest
 
-from tests.server.harness import DEMO, MODEL, Server, events
+from tests.server.harness import DEMO, MODEL, Server, events, until
 from weaveinf import LLM, SamplingParams
+from weaveinf.commands.serve import _listen
+from weaveinf.server.config import ServerConfig
 
 PROMPT = "def softmax(x):"
 OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
@@ -199,7 +202,15 @@ def test_models_version_and_log(server: Server, client: openai.OpenAI) -> None:
     body = {"prompt": "secret words", "max_tokens": 2, "user": "somebody"}
     answer = server.client.post("/v1/completions", json=body, headers={"X-Request-Id": "mine-17"})
     assert answer.headers["x-request-id"] == "mine-17"
+    until(lambda: any('"mine-17"' in line for line in server.lines))
     line = json.loads(next(line for line in server.lines if '"mine-17"' in line))
     assert line["path"] == "/v1/completions" and line["status"] == 200 and line["user"] == "somebody"
     assert (line["output_tokens"] == 2 and line["prompt_tokens"] == 2) or line["prompt_tokens"] > 0
     assert not any("secret words" in line for line in server.lines)
+
+
+def test_a_streams_first_tokens_wait_for_no_acknowledgement() -> None:
+    with _listen(ServerConfig(port=0)) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -92,4 +92,4 @@ def test_tokens_are_the_servers_and_a_cut_stream_is_an_error(tmp_path: Path) -> 
     # The first of nine is not timed; the third, sixth and ninth are cut off.
     assert (run["requests"], run["errors"]) == (5, 3)
     assert run["output_tokens_per_s"] * run["seconds"] == pytest.approx(5 * 5)
-    assert run["first_errors"][0].startswith("IncompleteReadError")
+    assert run["first_errors"][0].startswith("EOFError: the connection ended")

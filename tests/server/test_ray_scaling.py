@@ -13,7 +13,7 @@ from tests.cluster.harness import eventually
 from tests.ray_cluster import ray_cluster
 
 pytest.importorskip("ray.serve")
-from tests.server.test_ray_app import complete, engines, serving  # noqa: E402
+from tests.server.test_ray_app import complete, engines, serving
 
 pytestmark = pytest.mark.slow
 CLIENTS = 8

@@ -8,6 +8,7 @@ import queue
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -126,6 +127,7 @@ class Cluster:
     """
 
     ahead = 0
+    on_sent: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class Cluster:
     def submit(self, step: Step) -> None:
         """Sends a step to every rank, and runs it on this one. RankDied when one is gone."""
         try:
-            self._driver.submit(step)
+            self._driver.submit(step, self.on_sent)
         except BaseException:
             self.close()
             raise
@@ -240,7 +242,7 @@ class _Driver:
         device = rank_device(self._config, processes, 0)
         return Ranks.join(0, self._config.tensor_parallel_size, self._store, device, LOADING_S)
 
-    def submit(self, step: Step) -> None:
+    def submit(self, step: Step, on_sent: Callable[[], None] | None) -> None:
         self._check()
         assert self.worker is not None
         watch = self._supervisor
@@ -248,6 +250,8 @@ class _Driver:
             with watch.a_step() if watch is not None else nullcontext():
                 if watch is not None:
                     self.worker.ranks.control.send(step.pack())
+                if on_sent is not None:
+                    on_sent()
                 self._outputs.append(self.worker.execute(step))
                 return
         except Exception as error:

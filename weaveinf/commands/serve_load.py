@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     ttft: float
     e2e: float
     itl: list[float]
-    """Between two events: a server may send several tokens in one."""
+    """Between two arrivals: a server may send several tokens at once."""
     tpot: list[float]
     """The mean of a token, but the first; nothing where there is no other."""
 
@@ -96,48 +96,84 @@ async def _measure(url: SplitResult, clients: int, posts: list[bytes]) -> dict[s
     return result | {"client_cpu_s": used, "client_cpu_share": used / seconds}
 
 
+class _Link(asyncio.Protocol):
+    """A connection that notes when events come, and no more: what the client computes meanwhile, the server
+    lacks where they share cores."""
+
+    def __init__(self) -> None:
+        self._over = asyncio.Event()
+        self._body = bytearray()
+        self._times: list[float] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._over.set()
+
+    def data_received(self, data: bytes) -> None:
+        if b'"text":' in data:
+            self._times.append(time.perf_counter())
+        self._body += data
+        if self._body.endswith(b"\r\n0\r\n\r\n") or not (self._times or self._promises()):
+            self._over.set()
+
+    def _promises(self) -> bool:
+        """Whether a stream is to come, as far as one knows."""
+        head, end, _ = self._body.partition(b"\r\n\r\n")
+        return not end or (b" 200 " in head[:16] and b"chunked" in head.lower())
+
+    async def ask(self, post: bytes) -> Answer:
+        """ValueError for any other answer than a stream with its usage."""
+        self._over.clear()
+        self._body.clear()
+        self._times = []
+        began = time.perf_counter()
+        self.transport.write(post)
+        await self._over.wait()
+        ended, times = time.perf_counter(), self._times
+        head, _, body = bytes(self._body).partition(b"\r\n\r\n")
+        if not self._promises():
+            raise ValueError((head.partition(b"\r\n")[0] + b": " + body[:300]).decode(errors="replace"))
+        if not body.endswith(b"\r\n0\r\n\r\n"):
+            raise EOFError("the connection ended before the stream did")
+        whole = _whole(body)
+        last = json.loads(whole[whole.rindex(b"data: {") + 6 :].split(b"\n")[0])
+        if not (usage := last.get("usage")) or not times:
+            raise ValueError(f"the stream ended with {last!s:.300}")
+        tokens = usage["completion_tokens"]
+        itl = [after - before for before, after in pairwise(times)]
+        tpot = [(times[-1] - times[0]) / (tokens - 1)] if tokens > 1 else []
+        return Answer(usage["prompt_tokens"], tokens, times[0] - began, ended - began, itl, tpot)
+
+
+def _whole(chunks: bytes) -> bytes:
+    """A body without the sizes of its chunks."""
+    parts, at = [], 0
+    while size := int(chunks[at : (end := chunks.index(b"\r\n", at))], 16):
+        parts.append(chunks[end + 2 : end + 2 + size])
+        at = end + size + 4
+    return b"".join(parts)
+
+
 async def _client(url: SplitResult, posts: Iterator[bytes], answers: list[Answer], errors: list[str]) -> None:
     """Sends what is left to send, one after the other, over one connection while it lasts."""
     secure = url.scheme == "https"
-    port = url.port or (443 if secure else 80)
-    link: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+    host, port = str(url.hostname), url.port or (443 if secure else 80)
+    loop, link = asyncio.get_running_loop(), None
     for post in posts:
         try:
             async with asyncio.timeout(LIMIT_S):
-                link = link or await asyncio.open_connection(url.hostname, port, ssl=secure or None)
-                answers.append(await _ask(*link, post))
+                if link is None or link.transport.is_closing():
+                    _, link = await loop.create_connection(_Link, host, port, ssl=secure or None)
+                answers.append(await link.ask(post))
         except (OSError, EOFError, ValueError, KeyError) as error:
             errors.append(f"{type(error).__name__}: {error}")
             if link is not None:
-                link[1].close()
-                link = None
+                link.transport.close()
     if link is not None:
-        link[1].close()
-
-
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, post: bytes) -> Answer:
-    """Only the last event is parsed: what the client computes, the server lacks where they share cores."""
-    began = time.perf_counter()
-    writer.write(post)
-    head = await reader.readuntil(b"\r\n\r\n")
-    if b" 200 " not in head[:16] or b"chunked" not in head.lower():
-        said = head.partition(b"\r\n")[0] + b": " + await reader.read(300)
-        raise ValueError(said.decode(errors="replace"))
-    body, times = bytearray(), list[float]()
-    while size := int(await reader.readuntil(b"\n"), 16):
-        chunk = await reader.readexactly(size + 2)
-        if b'"text":' in chunk:
-            times.append(time.perf_counter())
-        body += chunk[:-2]
-    await reader.readuntil(b"\n")
-    ended = time.perf_counter()
-    last = json.loads(body[body.rindex(b"data: {") + 6 :].split(b"\n")[0])
-    if not (usage := last.get("usage")) or not times:
-        raise ValueError(f"the stream ended with {last!s:.300}")
-    tokens = usage["completion_tokens"]
-    itl = [after - before for before, after in pairwise(times)]
-    tpot = [(times[-1] - times[0]) / (tokens - 1)] if tokens > 1 else []
-    return Answer(usage["prompt_tokens"], tokens, times[0] - began, ended - began, itl, tpot)
+        link.transport.close()
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What the engine needs of whoever runs the ranks."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from weaveinf.engine.step import Step, StepOutput
@@ -18,6 +19,10 @@ class Executor(Protocol):
 
     worker: Worker
     """Rank 0's."""
+
+    on_sent: Callable[[], None] | None
+    """Called by `submit` when the ranks have the step, before this one computes: what is done then by other
+    threads keeps no rank waiting."""
 
     @property
     def failure(self) -> Exception | None:

@@ -148,14 +148,9 @@ class _Routes:
                 params = replace(params, max_tokens=most)
             elif params.max_tokens > most:
                 raise ValueError(f"max_tokens must be at most {most} on this server")
-        return Job(
-            prompts,
-            params,
-            stream=body.stream,
-            salt=(body.cache_salt or "").encode(),
-            priority=body.priority,
-            timeout_s=self._config.timeout_s if body.timeout is None else body.timeout,
-        )
+        salt = (body.cache_salt or "").encode()
+        timeout_s = self._config.timeout_s if body.timeout is None else body.timeout
+        return Job(prompts, params, body.stream, salt, body.priority, timeout_s)
 
     async def _reply(
         self, http: Request, body: Sampling, job: Job, answer: CompletionAnswer | ChatAnswer

@@ -113,6 +113,7 @@ class AsyncEngine:
         self._calls: queue.SimpleQueue[tuple[Callable[[Engine, Job], None], Job]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()  # of the event loop
         self._running: dict[int, tuple[Job, int]] = {}  # of the engine's thread: sequences, their prompts
+        self._held: list[tuple[Job, Piece]] = []  # of the latest step, until the ranks have the next one
         self._seeds = count()
         self._closing = threading.Event()
         self._turned = self._sampled = time.monotonic()
@@ -242,6 +243,7 @@ class AsyncEngine:
                 engine = Engine(launch(self.config))
                 _ = engine.tokenizer  # loaded here, so that no coroutine waits for it
                 engine.trace.on_step = self.metrics.stepped
+                engine.executor.on_sent = self._hand_over
                 self._engine = engine
             except BaseException as error:  # SystemExit too: of a torchrun rank that follows
                 self._die(error)
@@ -259,6 +261,7 @@ class AsyncEngine:
                     return
                 self.num_restarts += 1
                 self._running.clear()
+                self._held.clear()
                 self._say("restarting")
                 self._tell(self._rescue, error)
         if self._engine is not None:
@@ -292,8 +295,16 @@ class AsyncEngine:
                 pass
             if (failure := engine.executor.failure) is not None:
                 raise failure  # it died while nothing ran
-            if updates := self._step(engine):
-                self._tell(self._deliver, updates)
+            came = self._step(engine)
+            self._hand_over()  # where that sent no step
+            self._held = came
+            if not engine.scheduler.has_work:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._held:
+            self._tell(self._deliver, self._held)
+            self._held = []
 
     def _step(self, engine: Engine) -> list[tuple[Job, Piece]]:
         if self._turned - self._sampled > SAMPLE_S and engine.scheduler.has_work:

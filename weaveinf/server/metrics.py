@@ -145,19 +145,9 @@ class EngineCollector:
         yield _counter("num_preemptions", "Sequences that gave up their place.", scheduler.num_preemptions)
         how = {how: trace.steps[how] for how in ("woven", "fused", "plain")}
         yield _counters("steps", "By how they ran.", "how", how)
-        why = CounterMetricFamily(
-            "weaveinf_overlap_fallback", "Steps that were not woven.", labels=["reason"]
-        )
-        for reason, count in list(trace.reasons.items()):
-            if reason:
-                why.add_metric([reason], count)
-        yield why
-        chosen = CounterMetricFamily(
-            "weaveinf_selector_choices", "What the selector counts.", labels=["what"]
-        )
-        for what, count in list(trace.choices.items()):
-            chosen.add_metric([what], count)
-        yield chosen
+        why = {reason: count for reason, count in list(trace.reasons.items()) if reason}
+        yield _counters("overlap_fallback", "Steps that were not woven.", "reason", why)
+        yield _counters("selector_choices", "What the selector counts.", "what", dict(trace.choices))
 
 
 def _counter(name: str, what: str, value: float) -> Metric:
@@ -185,4 +175,4 @@ def together(pages: Mapping[str, str]) -> bytes:
             into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
                 into.add_sample(sample.name, sample.labels | {"engine": engine}, sample.value)
-    return generate_latest(SimpleNamespace(collect=families.values))  # type: ignore[arg-type]
+    return generate_latest(SimpleNamespace(collect=families.values))
