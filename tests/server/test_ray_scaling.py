@@ -44,5 +44,6 @@ def test_an_engine_comes_under_load_and_goes_after_it() -> None:
         finally:
             enough.set()
         assert [one.result() for one in asking] == [{200}] * CLIENTS
-        assert eventually(lambda: len(engines()) == 1)
+        # Serve looks back over half a minute.
+        assert any(eventually(lambda: len(engines()) == 1) for _ in range(3))
         assert complete(client, "and then ").status_code == 200
