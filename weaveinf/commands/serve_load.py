@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -116,16 +117,17 @@ class _Link(asyncio.Protocol):
         if b'"text":' in data:
             self._times.append(time.perf_counter())
         self._body += data
-        if self._body.endswith(b"\r\n0\r\n\r\n") or not (self._times or self._promises()):
+        if self._body.endswith(b"\r\n0\r\n\r\n") or (not self._times and self._refused()):
             self._over.set()
 
-    def _promises(self) -> bool:
-        """Whether a stream is to come, as far as one knows."""
-        head, end, _ = self._body.partition(b"\r\n\r\n")
-        return not end or (b" 200 " in head[:16] and b"chunked" in head.lower())
+    def _refused(self) -> bool:
+        """Whether another answer than a stream is here, whole."""
+        head, end, body = self._body.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: *(\d+)", head.lower())
+        return bool(end) and not _streams(head) and (length is None or len(body) >= int(length[1]))
 
     async def ask(self, post: bytes) -> Answer:
-        """ValueError for any other answer than a stream with its usage."""
+        """ValueError for any other answer than a stream with its usage, EOFError for one that is cut off."""
         self._over.clear()
         self._body.clear()
         self._times = []
@@ -133,8 +135,8 @@ class _Link(asyncio.Protocol):
         self.transport.write(post)
         await self._over.wait()
         ended, times = time.perf_counter(), self._times
-        head, _, body = bytes(self._body).partition(b"\r\n\r\n")
-        if not self._promises():
+        head, end, body = bytes(self._body).partition(b"\r\n\r\n")
+        if end and not _streams(head):
             raise ValueError((head.partition(b"\r\n")[0] + b": " + body[:300]).decode(errors="replace"))
         if not body.endswith(b"\r\n0\r\n\r\n"):
             raise EOFError("the connection ended before the stream did")
@@ -146,6 +148,10 @@ class _Link(asyncio.Protocol):
         itl = [after - before for before, after in pairwise(times)]
         tpot = [(times[-1] - times[0]) / (tokens - 1)] if tokens > 1 else []
         return Answer(usage["prompt_tokens"], tokens, times[0] - began, ended - began, itl, tpot)
+
+
+def _streams(head: bytes | bytearray) -> bool:
+    return b" 200 " in head[:16] and b"chunked" in head.lower()
 
 
 def _whole(chunks: bytes) -> bytes:
