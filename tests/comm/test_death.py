@@ -80,7 +80,8 @@ def in_product(ranks: Ranks) -> Callable[[], object]:
     with mock.patch.object(native, "onednn", False):  # whose products are not shared
         weight = pack(torch.ones(32, 16, dtype=torch.bfloat16))
     with mock.patch.object(os, "sched_getaffinity", return_value=range(8)):
-        assert aid(ranks, 64, [weight], [seam]) is not None
+        shared = aid(ranks, 64, [weight], [seam])
+    assert shared is not None
     x = torch.ones(64, 16, dtype=torch.bfloat16)
     seam.open(64)
     return lambda: linear(x, weight, out=seam.partial())
