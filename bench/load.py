@@ -41,7 +41,7 @@ SIZES = ["--prompt-tokens", "128", "--output-tokens", "64", "--json", "-"]
 OURS, PEER, OFFLINE = "weaveinf", "vLLM", "weaveinf, no HTTP"
 WANTED = {1: 1.3, 8: 1.3, 32: 1.3, 128: 1.15}  # times vLLM's tokens a second
 HTTP_COST = 0.05
-MOST_REQUESTS = 256  # of one run, three of each client otherwise
+LEAST_REQUESTS, MOST_REQUESTS = 24, 256  # of one run; eight of each client otherwise
 
 Turn = dict[str, dict[str, Any]]
 
@@ -133,7 +133,7 @@ def take_turns(model: Path, servers: list[Server], clients: list[int], turns: in
     found: dict[int, list[Turn]] = {number: [] for number in clients}
     for turn in range(turns):
         for number in clients:
-            requests = max(8, min(3 * number, MOST_REQUESTS))
+            requests = max(LEAST_REQUESTS, min(8 * number, MOST_REQUESTS))
             order = list(ways)[:: -1 if turn % 2 else 1]
             found[number].append({name: ways[name](number, requests) for name in order})
             rates = {name: round(one["total_tokens_per_s"]) for name, one in found[number][-1].items()}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,10 @@ import psutil
 import pytest
 
 from tests.server.harness import DEMO, MODEL, Server, until
+from weaveinf.config import EngineConfig
+from weaveinf.server.async_engine import AsyncEngine
+from weaveinf.server.config import ServerConfig
+from weaveinf.server.metrics import Metrics
 
 LONG = {"max_tokens": 1500, "ignore_eos": True, "temperature": 0}
 REBUILT_S = 15.0
@@ -117,6 +122,26 @@ def test_a_rank_that_dies_again_and_again_ends_the_server() -> None:
                 continue
         assert server.process.wait(30) == 1
         assert any("the engine has failed" in line and "rank 1" in line for line in server.lines)
+
+
+def test_an_engine_that_died_leaves_its_memory_to_the_next() -> None:
+    async def look() -> None:
+        config = EngineConfig(model=DEMO, tensor_parallel_size=2, dtype="float32", kv_cache_gib=0.01)
+        engine = AsyncEngine(config, ServerConfig(), Metrics())
+        others = {process.pid for process in psutil.Process().children()}
+        await engine.start()
+        died = weakref.ref(engine.engine)
+        try:
+            for process in psutil.Process().children():
+                if process.pid not in others:
+                    process.kill()
+            while engine.num_restarts == 0 or engine.state != "ready":
+                await asyncio.sleep(0.05)
+            assert died() is None
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    asyncio.run(asyncio.wait_for(look(), 60))
 
 
 def test_sigterm_lets_what_runs_end() -> None:

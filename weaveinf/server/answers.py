@@ -92,14 +92,13 @@ class CompletionAnswer:
 
     def choices(self, piece: Piece) -> list[Object]:
         """What a piece has to show."""
-        if self._waits(piece):
-            self._late.setdefault(piece.sample, []).append(piece)
+        if self._job.params.prompt_logprobs is None:
+            return [self._choice(piece)]
+        late = self._late.setdefault(piece.sample, [])
+        late.append(piece)
+        if piece.sample // self._job.params.n not in self._job.prompt_logprobs:
             return []
-        return [self._choice(one) for one in [*self._late.pop(piece.sample, []), piece]]
-
-    def _waits(self, piece: Piece) -> bool:
-        wanted = self._job.params.prompt_logprobs is not None
-        return wanted and piece.sample // self._job.params.n not in self._job.prompt_logprobs
+        return [self._choice(one) for one in self._late.pop(piece.sample)]
 
     def _choice(self, piece: Piece) -> Object:
         request, prompt = self._request, piece.sample // self._job.params.n
@@ -169,6 +168,9 @@ class ChatAnswer:
             if first:
                 choice["prompt_token_ids"] = self._job.prompts[0]
         return [choice]
+
+
+Answer = CompletionAnswer | ChatAnswer
 
 
 def finish_reason(piece: Piece) -> str | None:

@@ -23,7 +23,7 @@ from weaveinf import __version__
 from weaveinf.engine.request import SamplingParams
 from weaveinf.engine.tokenizer import TextTokenizer
 from weaveinf.server import tools
-from weaveinf.server.answers import ChatAnswer, CompletionAnswer, Object, head, usage
+from weaveinf.server.answers import Answer, ChatAnswer, CompletionAnswer, Object, head, usage
 from weaveinf.server.async_engine import AsyncEngine, Job, Piece
 from weaveinf.server.config import ServerConfig
 from weaveinf.server.errors import ApiError, ErrorBody, error_body
@@ -90,7 +90,10 @@ class _Routes:
 
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         tokenizer = self._tokenizer(body.model)
-        prompts, texts = await self._text(self._prompts, body, tokenizer)
+        given = body.prompts()
+        prompts, texts = [prompt for prompt in given if not isinstance(prompt, str)], list[str]()
+        if body.echo or len(prompts) < len(given):
+            prompts, texts = await self._text(self._prompts, body, tokenizer)
         job = self._job(body, prompts, body.params())
         return await self._reply(http, body, job, CompletionAnswer(body, job, texts, tokenizer))
 
@@ -125,11 +128,14 @@ class _Routes:
         ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         if not body.echo:
             return ids, []
-        size = self._engine.engine.model_config.vocab_size
-        if any(not 0 <= token < size for prompt in ids for token in prompt):
-            raise ValueError(f"prompt holds a token id outside 0 to {size - 1}")
+        self._check("prompt", [token for prompt in ids for token in prompt])
         spelt = tokenizer.backend.decode if tokenizer is not None else lambda _: ""
         return ids, [one if isinstance(one, str) else spelt(one) for one in prompts]
+
+    def _check(self, field: str, ids: Sequence[int]) -> None:
+        size = self._engine.engine.model_config.vocab_size
+        if any(not 0 <= id_ < size for id_ in ids):
+            raise ValueError(f"{field} holds a token id outside 0 to {size - 1}")
 
     def _encode(self, text: str) -> list[int]:
         engine = self._engine.engine
@@ -152,18 +158,13 @@ class _Routes:
         timeout_s = self._config.timeout_s if body.timeout is None else body.timeout
         return Job(prompts, params, body.stream, salt, body.priority, timeout_s)
 
-    async def _reply(
-        self, http: Request, body: Sampling, job: Job, answer: CompletionAnswer | ChatAnswer
-    ) -> Response:
+    async def _reply(self, http: Request, body: Sampling, job: Job, answer: Answer) -> Response:
         if body.stream_options is not None and not body.stream:
             raise ValueError("stream_options needs stream=true")
         top = head(answer.names, self._model, body.stream)
         seen = http.state.log
-        seen |= {
-            "answer": top["id"],
-            "prompts": len(job.prompts),
-            "prompt_tokens": sum(map(len, job.prompts)),
-        }
+        seen |= {"answer": top["id"], "prompts": len(job.prompts)}
+        seen["prompt_tokens"] = sum(map(len, job.prompts))
         seen |= {} if body.user is None else {"user": body.user}
         seen |= {"prompt_token_ids": job.prompts} if self._config.log_prompts else {}
         pieces = self._engine.run(job)
@@ -174,8 +175,8 @@ class _Routes:
         finally:
             seen["output_tokens"] = job.num_answered
         if body.stream:
-            options = body.stream_options or StreamOptions()
-            return _Stream(_events(top, answer.choices, job, first, pieces, options), job)
+            events = _Events(top, answer, job, body.stream_options or StreamOptions())
+            return _Stream(events, first, pieces)
         await pieces.aclose()
         found = sorted(first, key=lambda piece: piece.sample)
         choices = [choice for piece in found for choice in answer.choices(piece)]
@@ -197,9 +198,7 @@ class _Routes:
     async def detokenize(self, body: DetokenizeRequest) -> Object:
         if (tokenizer := self._tokenizer(body.model)) is None:
             raise ValueError("tokens: this model has no tokenizer")
-        size = self._engine.engine.model_config.vocab_size
-        if any(not 0 <= token < size for token in body.tokens):
-            raise ValueError(f"tokens holds an id outside 0 to {size - 1}")
+        self._check("tokens", body.tokens)
         return {"prompt": await self._text(tokenizer.backend.decode, body.tokens)}
 
     async def models(self) -> Object:
@@ -232,63 +231,59 @@ class _Routes:
 class _Stream(Response):
     """Server-sent events. When the client leaves, what makes them is cancelled."""
 
-    def __init__(self, events: AsyncGenerator[bytes], job: Job) -> None:
+    def __init__(self, events: _Events, first: list[Piece], rest: AsyncGenerator[list[Piece]]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._events, self._job = events, job
+        self._events, self._first, self._rest = events, first, rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(self._job.timeout_s + LATE_S):
+            async with asyncio.timeout(self._events.job.timeout_s + LATE_S), aclosing(self._rest):
                 await _unless_gone(receive, self._send(send))
         except (_Gone, TimeoutError):
             scope["state"]["log"]["status"] = 499
         finally:
-            scope["state"]["log"]["output_tokens"] = self._job.num_answered
+            scope["state"]["log"]["output_tokens"] = self._events.job.num_answered
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._events):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for part in self._events:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def part(body: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await part(self._events.of(self._first))
+            async for pieces in self._rest:
+                if events := self._events.of(pieces):
+                    await part(events)
+            await part(self._events.last())
+        except Exception as error:
+            if not isinstance(error, HTTPException):
+                log.exception("a stream failed")
+                error = ApiError(500, "the server failed; see its log")
+            await part(b"data: %b\n\n" % pydantic_core.to_json(error_body(error)))
+        await part(b"", more=False)
 
 
-async def _events(
-    top: Object,
-    choices: Callable[[Piece], list[Object]],
-    job: Job,
-    first: list[Piece],
-    rest: AsyncGenerator[list[Piece]],
-    options: StreamOptions,
-) -> AsyncGenerator[bytes]:
+class _Events:
     """A chunk for each choice of each piece, then the usage if it is wanted."""
 
-    def chunks(pieces: list[Piece]) -> list[Object]:
-        more: Object = {"usage": None} if options.include_usage else {}
-        if options.continuous_usage_stats:
-            more = {"usage": usage(job)}
-        return [top | {"choices": [choice]} | more for piece in pieces for choice in choices(piece)]
+    def __init__(self, top: Object, answer: Answer, job: Job, options: StreamOptions) -> None:
+        self.job = job
+        self._top, self._answer, self._options = top, answer, options
+        # All chunks begin alike, and end alike unless they tell of the tokens so far.
+        self._begin = b'data: %b,"choices":[' % pydantic_core.to_json(top)[:-1]
+        self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
 
-    try:
-        yield _spelt(chunks(first))
-        async for pieces in rest:
-            if new := chunks(pieces):
-                yield _spelt(new)
-        end = [top | {"choices": [], "usage": usage(job)}] if options.include_usage else []
-        yield _spelt([*end, "[DONE]"])
-    except Exception as error:
-        if not isinstance(error, HTTPException):
-            log.exception("a stream failed")
-            error = ApiError(500, "the server failed; see its log")
-        yield _spelt([error_body(error)])
-    finally:
-        await rest.aclose()
+    def of(self, pieces: list[Piece]) -> bytes:
+        end = self._end
+        if self._options.continuous_usage_stats:
+            end = b'],"usage":%b}\n\n' % pydantic_core.to_json(usage(self.job))
+        choices = [choice for piece in pieces for choice in self._answer.choices(piece)]
+        return b"".join([self._begin + pydantic_core.to_json(choice) + end for choice in choices])
 
-
-def _spelt(events: Sequence[Object | str]) -> bytes:
-    said = (event.encode() if isinstance(event, str) else pydantic_core.to_json(event) for event in events)
-    return b"".join(b"data: %b\n\n" % one for one in said)
+    def last(self) -> bytes:
+        told = pydantic_core.to_json(self._top | {"choices": [], "usage": usage(self.job)})
+        return (b"data: %b\n\n" % told if self._options.include_usage else b"") + b"data: [DONE]\n\n"
 
 
 class _Gone(Exception):

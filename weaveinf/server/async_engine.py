@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import queue
 import threading
@@ -76,7 +77,8 @@ class Job:
     num_answered: int = 0
     """Tokens, of the prompts and of the answers."""
     error: Exception | None = None
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: asyncio.Future[None] | None = None
+    """Of whoever waits for `ready`."""
     begun: int = 0
     shown: bool = False
     """Whether its client has got something of it, so that it cannot be begun again."""
@@ -87,9 +89,19 @@ class Job:
     def num_samples(self) -> int:
         return len(self.prompts) * self.params.n
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is something for its client."""
+        enough = 1 if self.stream else self.num_samples
+        return len(self.pieces) >= enough or self.error is not None
+
     def fail(self, error: Exception) -> None:
         self.error = error
-        self.news.set()
+        self.wake()
+
+    def wake(self) -> None:
+        if self.waiting is not None and not self.waiting.done() and self.ready:
+            self.waiting.set_result(None)
 
 
 class AsyncEngine:
@@ -173,21 +185,21 @@ class AsyncEngine:
         self._jobs.add(job)
         self._calls.put((self._begin, job))
         late = ApiError(504, "the request's time is up before its answer was whole")
-        timer = asyncio.get_running_loop().call_later(
-            min(job.timeout_s, self.server.timeout_s), job.fail, late
-        )
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(min(job.timeout_s, self.server.timeout_s), job.fail, late)
         try:
             while job.left:
-                await job.news.wait()
-                job.news.clear()
+                if not job.ready:
+                    job.waiting = loop.create_future()
+                    await job.waiting
                 if job.error is not None:
                     raise job.error
-                if job.stream or len(job.pieces) == job.num_samples:
-                    pieces, job.pieces = job.pieces, []
-                    job.left -= sum(piece.finish_reason is not None for piece in pieces)
-                    job.num_answered += sum(len(piece.token_ids) for piece in pieces)
-                    job.shown = True
-                    yield pieces
+                pieces, job.pieces = job.pieces, []
+                for piece in pieces:
+                    job.left -= piece.finish_reason is not None
+                    job.num_answered += len(piece.token_ids)
+                job.shown = True
+                yield pieces
         finally:
             timer.cancel()
             self._jobs.discard(job)
@@ -240,25 +252,32 @@ class AsyncEngine:
     def _live(self) -> None:
         while not self._closing.is_set():
             try:
+                gc.unfreeze()
+                gc.collect()  # whatever an engine before this one left
                 engine = Engine(launch(self.config))
                 _ = engine.tokenizer  # loaded here, so that no coroutine waits for it
                 engine.trace.on_step = self.metrics.stepped
                 engine.executor.on_sent = self._hand_over
                 self._engine = engine
+                # What is there stays: to look through it all takes a tenth of a second in some step, and a
+                # sixth of what streaming a token takes.
+                gc.freeze()
             except BaseException as error:  # SystemExit too: of a torchrun rank that follows
                 self._die(error)
                 return
             self._say("ready")
             try:
-                self._serve(self._engine)
+                self._serve(engine)
             except Exception as error:
-                died, self._engine = self._engine, None
+                self._engine = None
                 log.error("the engine has failed: %s", error)
                 with suppress(Exception):
-                    died.close()
+                    engine.close()
                 if self.num_restarts == self.server.max_restarts or self.state == "draining":
                     self._die(error)
                     return
+                del engine  # and what the error went through, so that there is room for the next
+                error = error.with_traceback(None)
                 self.num_restarts += 1
                 self._running.clear()
                 self._held.clear()
@@ -286,13 +305,11 @@ class AsyncEngine:
     def _serve(self, engine: Engine) -> None:
         while not self._closing.is_set():
             self._turned = time.monotonic()
-            try:
+            with suppress(queue.Empty):
                 call, job = self._calls.get(not engine.scheduler.has_work, IDLE_S)
                 while True:
                     call(engine, job)
                     call, job = self._calls.get_nowait()
-            except queue.Empty:
-                pass
             if (failure := engine.executor.failure) is not None:
                 raise failure  # it died while nothing ran
             came = self._step(engine)
@@ -344,7 +361,7 @@ class AsyncEngine:
     def _deliver(self, updates: list[tuple[Job, Piece]]) -> None:
         for job, piece in updates:
             job.pieces.append(piece)
-            job.news.set()
+            job.wake()
 
     def _begin(self, engine: Engine, job: Job) -> None:
         if job.ended:  # its client left while it waited here
