@@ -53,27 +53,64 @@ struct Feed {
 };
 constexpr int SCORE_LINES = 4;  // as long as so many steps of add_row takes one of score_row
 
+// acc[k][h] += q[h] * keys[k], whole vectors of them.
+template <int H, class T>
+INLINE void multiply_keys(const float* q, index_t dim, const T* const* keys, vf (&acc)[LANES]) {
+  for_vectors<1>(dim, [&](index_t d, auto vectors) {
+    constexpr int V = vectors;
+    UNROLL for (int k = 0; k < LANES / H; ++k) {
+      vf key[V];
+      load_vectors(keys[k] + d, key);
+      UNROLL for (int v = 0; v < V; ++v) {
+        UNROLL for (int h = 0; h < H; ++h) acc[k * H + h] += load<vf>(q + h * dim + d + v * LANES) * key[v];
+      }
+    }
+  });
+}
+
+// The same of pairs, as the hardware multiplies them.
+template <int H>
+INLINE void multiply_keys(const bf16* q, index_t dim, const bf16* const* keys, vf (&acc)[LANES]) {
+  index_t d = 0;
+  for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+    UNROLL for (int k = 0; k < LANES / H; ++k) {
+      const vu key = load<vu>(keys[k] + d);
+      UNROLL for (int h = 0; h < H; ++h) acc[k * H + h] = dot(acc[k * H + h], load<vu>(q + h * dim + d), key);
+    }
+  }
+  if (d == dim) return;
+  UNROLL for (int k = 0; k < LANES / H; ++k) {
+    const vf key = load_floats(keys[k] + d);
+    UNROLL for (int h = 0; h < H; ++h) acc[k * H + h] += load_floats(q + h * dim + d) * key;
+  }
+}
+
+// What queries are where they are multiplied with keys of T, and how they get there.
+template <class T>
+using Query = std::conditional_t<HAS_DOT && std::is_same_v<T, bf16>, bf16, float>;
+template <class T>
+INLINE void place_query(const T* from, index_t dim, Query<T>* to) {
+  if constexpr (std::is_same_v<T, Query<T>>) {
+    __builtin_memcpy(to, from, size_t(dim) * sizeof(T));
+  } else {
+    for_vectors<1>(dim, [&](index_t d, auto vectors) {
+      vf x[vectors];
+      load_vectors(from + d, x);
+      for (int v = 0; v < vectors; ++v) store(to + d + v * LANES, x[v]);
+    });
+  }
+}
+
 // scores[key][H] of `count` keys, and of repeats of the last to a whole vector.
 template <int H, class T>
-INLINE void score_row(const float* q, index_t dim, const T* const* keys, index_t count, float* scores,
-                      Feed& feed) {
-  constexpr int AT_ONCE = LANES / H;
-  for (index_t i = 0; i < count; i += AT_ONCE) {
+INLINE void score_row(const Query<T>* q, index_t dim, float scale, const T* const* keys, index_t count,
+                      float* scores, Feed& feed) {
+  for (index_t i = 0; i < count; i += LANES / H) {
     feed(SCORE_LINES);
     vf acc[LANES] = {};
-    for_vectors<1>(dim, [&](index_t d, auto vectors) {
-      constexpr int V = vectors;
-      UNROLL for (int k = 0; k < AT_ONCE; ++k) {
-        vf key[V];
-        load_vectors(keys[i + k] + d, key);
-        UNROLL for (int v = 0; v < V; ++v) {
-          UNROLL for (int h = 0; h < H; ++h)
-            acc[k * H + h] += load<vf>(q + h * dim + d + v * LANES) * key[v];
-        }
-      }
-    });
+    multiply_keys<H>(q, dim, keys + i, acc);
     sum_each(acc);
-    store(scores + i * H, acc[0]);
+    store(scores + i * H, acc[0] * scale);
   }
 }
 
@@ -116,10 +153,10 @@ INLINE void restore_order(float* sums, index_t dim) {
 
 // H heads of a row over one block. tops, totals: lane i is of head i % H.
 template <int H, class T>
-INLINE void attend_row(index_t dim, const float* q, const T* const* keys, const T* const* values,
+INLINE void attend_row(index_t dim, const Query<T>* q, float scale, const T* const* keys, const T* const* values,
                        index_t count, float* sums, float* tops, float* totals, Feed& feed) {
   float scores[KEYS * H + LANES], decay[LANES];
-  score_row<H>(q, dim, keys, count, scores, feed);
+  score_row<H>(q, dim, scale, keys, count, scores, feed);
   for (index_t s = count * H; s % LANES; ++s) scores[s] = NEVER;
   const vf before = load<vf>(tops);
   vf top = before;
@@ -141,20 +178,16 @@ template <int H, class T>
 void one_row(const Call& c, const Task& t) {
   const index_t group = c.group(), chunks = ceil_div(group, H), all = t.kv_heads * chunks;
   const index_t size = H * c.dim;
-  float* q = scratch.get<float>(2 * all * (size + LANES));
-  float *sums = q + all * size, *totals = sums + all * size, *tops = totals + all * LANES;
-  __builtin_memset(q, 0, size_t(tops - q) * 4);
+  float* sums = scratch.get<float>(2 * all * (size + LANES));
+  float *totals = sums + all * size, *tops = totals + all * LANES;
+  auto* q = reinterpret_cast<Query<T>*>(tops + all * LANES);
+  __builtin_memset(sums, 0, size_t(all) * 2 * (size + LANES) * 4);
   for (index_t i = 0; i < all; ++i) store(tops + i * LANES, splat(NEVER));
   const auto place = [&](index_t head) {
     return (head / group * chunks + head % group / H) * size + head % group % H * c.dim;
   };
-  for (index_t head = 0; head < t.heads(c); ++head) {
-    for_vectors<1>(c.dim, [&](index_t d, auto vectors) {
-      vf x[vectors];
-      load_vectors(query<T>(c, t, t.row, head) + d, x);
-      for (int v = 0; v < vectors; ++v) store(q + place(head) + d + v * LANES, x[v] * float(c.scale));
-    });
-  }
+  for (index_t head = 0; head < t.heads(c); ++head)
+    place_query(query<T>(c, t, t.row, head), c.dim, q + place(head));
   const index_t width = t.kv_heads * c.dim;
   index_t block = BLOCK_BYTES / (2 * width * index_t(sizeof(T))) / LANES * LANES;
   block = block < LANES ? LANES : block > KEYS ? KEYS : block;
@@ -180,8 +213,8 @@ void one_row(const Call& c, const Task& t) {
       }
       for (index_t i = count; i % (LANES / H); ++i) keys[i] = keys[count - 1];
       for (index_t i = kv * chunks; i < (kv + 1) * chunks; ++i)
-        attend_row<H>(c.dim, q + i * size, keys, values, count, sums + i * size, tops + i * LANES,
-                      totals + i * LANES, feed);
+        attend_row<H>(c.dim, q + i * size, float(c.scale), keys, values, count, sums + i * size,
+                      tops + i * LANES, totals + i * LANES, feed);
     }
   }
   for (index_t head = 0; head < t.heads(c); ++head) {

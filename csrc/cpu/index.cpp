@@ -38,16 +38,12 @@ template <class T, int H, bool EIGHT>
 void score_share(const Indexing& x, const Call& c, index_t row, index_t from, index_t to) {
   const Task t{row, 0, 1, row, 1, from, to, nullptr, 1};
   const index_t chunks = ceil_div(x.heads, H), size = H * x.dim;
-  float* q = index_scratch.get<float>(chunks * (size + LANES) + (EIGHT ? BLOCK * x.dim : 0));
-  float *weights = q + chunks * size, *wide = weights + chunks * LANES;
-  __builtin_memset(q, 0, size_t(wide - q) * 4);  // the last chunk may lack heads
+  float* weights = index_scratch.get<float>(chunks * (size + LANES) + (EIGHT ? BLOCK * x.dim : 0));
+  float *places = weights + chunks * LANES, *wide = places + chunks * size;
+  auto* q = reinterpret_cast<Query<T>*>(places);
+  __builtin_memset(weights, 0, size_t(wide - weights) * 4);  // the last chunk may lack heads
   for (index_t head = 0; head < x.heads; ++head) {
-    const T* own = query<T>(c, t, row, head);
-    for_vectors<1>(x.dim, [&](index_t d, auto vectors) {
-      vf some[vectors];
-      load_vectors(own + d, some);
-      for (int v = 0; v < vectors; ++v) store(q + head * x.dim + d + v * LANES, some[v]);
-    });
+    place_query(query<T>(c, t, row, head), x.dim, q + head * x.dim);
     for (int lane = int(head % H); lane < LANES; lane += H)
       weights[head / H * LANES + lane] = x.weights[row * x.heads + head];
   }
@@ -70,7 +66,7 @@ void score_share(const Indexing& x, const Call& c, index_t row, index_t from, in
     for (index_t i = count; i % (LANES / H); ++i) keys[i] = keys[count - 1];
     for (index_t s = 0; s < count * H; s += LANES) store(sums + s, vf{});
     for (index_t i = 0; i < chunks; ++i) {
-      score_row<H>(q + i * size, x.dim, keys, count, products, none);
+      score_row<H>(q + i * size, x.dim, 1, keys, count, products, none);
       const vf weight = load<vf>(weights + i * LANES);
       for (index_t s = 0; s < count * H; s += LANES) {
         const vf product = load<vf>(products + s);

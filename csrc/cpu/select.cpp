@@ -32,15 +32,16 @@ struct Row {
   const Wish& w;
   const Call& c;
   index_t row, first, end, chunks, all, keys, each;  // each: keys of a share
-  float *q, *scores, *tops, *totals;
+  Query<T>* q;
+  float *scores, *tops, *totals;
 
   float* of(index_t chunk) const { return scores + chunk * (keys + LANES) * H; }
 
   void place_queries() {
     const index_t group = c.group(), size = H * c.dim;
-    __builtin_memset(q, 0, size_t(all * size) * 4);
+    __builtin_memset(q, 0, size_t(all * size) * sizeof *q);
     for (index_t head = 0; head < c.heads; ++head) {
-      float* to = q + (head / group * chunks + head % group / H) * size + head % group % H * c.dim;
+      Query<T>* to = q + (head / group * chunks + head % group / H) * size + head % group % H * c.dim;
       const T* from = static_cast<const T*>(w.q) + row * w.q_row + head * w.q_head;
       T own[MOST_CHANNELS];
       if (w.channels) {
@@ -55,11 +56,7 @@ struct Row {
         }
         from = own;
       }
-      for_vectors<1>(c.dim, [&](index_t d, auto vectors) {
-        vf x[vectors];
-        load_vectors(from + d, x);
-        for (int v = 0; v < vectors; ++v) store(to + d + v * LANES, x[v] * float(w.scale));
-      });
+      place_query(from, c.dim, to);
     }
   }
 
@@ -87,7 +84,7 @@ struct Row {
         for (index_t i = count; i % (LANES / H); ++i) heads[i] = heads[count - 1];
         for (index_t i = kv * chunks; i < (kv + 1) * chunks; ++i) {
           float block[KEYS * H + LANES];
-          score_row<H>(q + i * H * c.dim, c.dim, heads, count, block, feed);
+          score_row<H>(q + i * H * c.dim, c.dim, float(w.scale), heads, count, block, feed);
           for (index_t s = count * H; s % LANES; ++s) block[s] = NEVER;
           float* out = of(i) + (key - first) * H;
           float* best = tops + (share * all + i) * LANES;
@@ -178,7 +175,8 @@ void votes(const Wish& w, const Call& c) {
     }
     if (row.keys <= 0) continue;
     const index_t shares = ceil_div(keys, each);
-    row.q = at, row.tops = at + all * H * c.dim, row.totals = row.tops + shares * all * LANES;
+    row.q = reinterpret_cast<Query<T>*>(at);
+    row.tops = at + all * H * c.dim, row.totals = row.tops + shares * all * LANES;
     row.scores = row.totals + shares * all * LANES;
     row.place_queries();
     const int threads = shares > 1 ? int(w.threads) : 1;

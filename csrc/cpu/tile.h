@@ -45,18 +45,13 @@ struct Pairs {  // bfloat16 [k/2][NR][2], widened in registers
 };
 
 #if defined(__AVX512BF16__)
-INLINE vf dot(vf acc, uint32_t a, vu b) {
-  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
-}
+INLINE vf dot(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-INLINE vf dot(vf acc, uint32_t a, vu b) {
-  return (vf)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)vdupq_n_u32(a), (bfloat16x8_t)b);
+INLINE vf dot(vf acc, vu a, vu b) {
+  return (vf)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)a, (bfloat16x8_t)b);
 }
 #else
-INLINE vf dot(vf acc, uint32_t a, vu b) {
-  vu pair = vu{} + a;
-  return acc + even(pair) * even(b) + odd(pair) * odd(b);
-}
+INLINE vf dot(vf acc, vu a, vu b) { return acc + even(a) * even(b) + odd(a) * odd(b); }
 #endif
 
 struct Dots {  // the panel of Pairs, the rows in bfloat16 too: the hardware's dot product of pairs
@@ -68,7 +63,7 @@ struct Dots {  // the panel of Pairs, the rows in bfloat16 too: the hardware's d
   };
   static INLINE Columns columns(const B* b) { return {{load<vu>(b), load<vu>(b + LANES)}}; }
   static INLINE void add(vf (&even_sum)[NV], vf (&)[NV], const A* a, index_t, const Columns& c) {
-    UNROLL for (int v = 0; v < NV; ++v) even_sum[v] = dot(even_sum[v], *a, c.b[v]);
+    UNROLL for (int v = 0; v < NV; ++v) even_sum[v] = dot(even_sum[v], vu{} + *a, c.b[v]);
   }
 };
 

@@ -255,13 +255,12 @@ class _Stream(Response):
             async for pieces in self._rest:
                 if events := self._events.of(pieces):
                     await part(events)
-            await part(self._events.last())
+            await part(self._events.last(), more=False)
         except Exception as error:
             if not isinstance(error, HTTPException):
                 log.exception("a stream failed")
                 error = ApiError(500, "the server failed; see its log")
-            await part(b"data: %b\n\n" % pydantic_core.to_json(error_body(error)))
-        await part(b"", more=False)
+            await part(b"data: %b\n\n" % pydantic_core.to_json(error_body(error)), more=False)
 
 
 class _Events:
