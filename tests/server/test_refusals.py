@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cluster.harness import PATIENCE_S
 from tests.server.harness import DEMO, MODEL, Server, until
+from weaveinf.commands.serve import UNREAD_S
 from weaveinf.config import EngineConfig
 from weaveinf.server.app import make_app
 from weaveinf.server.async_engine import AsyncEngine
@@ -162,6 +164,29 @@ def test_a_header_too_large_and_a_slow_client(server: Server) -> None:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
         assert server.text("the others", max_tokens=2)
         assert slow.recv(1) == b""  # after HEAD_S
+
+
+@pytest.mark.slow
+def test_a_client_that_reads_nothing_is_cut_off(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    asked = {"prompt": "x", "stream": True, "n": 16, "logprobs": 20, "max_tokens": 1500, "ignore_eos": True}
+    body = json.dumps(asked)  # of an answer that the kernel's buffers cannot hold
+
+    def connected() -> bool:
+        ours = client.getsockname()[1]
+        found = psutil.Process(server.process.pid).net_connections()
+        return any(one.raddr and one.raddr.port == ours for one in found)
+
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        time.sleep(UNREAD_S / 2)
+        assert connected() and server.text("the others", max_tokens=2)
+        time.sleep(UNREAD_S)
+        until(lambda: not connected())
+        server.idle()
 
 
 def test_keys_open_every_route_but_the_probes(tmp_path: Path) -> None:

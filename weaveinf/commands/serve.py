@@ -26,6 +26,8 @@ log = logging.getLogger("weaveinf")
 HEAD_BYTES = 64 << 10
 HEAD_S = 10.0
 """A request's line and headers must be here within this time, and be no larger."""
+UNREAD_S = 60
+"""A client that takes nothing of its answer for so long is cut off."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,6 +56,8 @@ def _listen(server: ServerConfig) -> socket.socket:
     # Connections inherit it. asyncio sets it on sockets of its own making only, and without it a stream's
     # first tokens wait for the acknowledgement of its head, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux's
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
     return listener
 
 
