@@ -7,7 +7,7 @@ Both servers are started once and kept, stopped (SIGSTOP) while another is measu
 with the same number of clients, one straight after the other: `weaveinf bench serve` for both servers, 128
 random prompt tokens and 64 of an answer, streamed; `weaveinf bench throughput` with as many sequences running
 at a time as the servers have clients. A ratio is the median over the turns of the ratios within a turn.
-Writes bench/results/load-DATE.md, .json and .png. Three turns take about 12 minutes.
+Writes bench/results/load-DATE.md, .json and .png. Three turns take about 15 minutes.
 """
 
 from __future__ import annotations
