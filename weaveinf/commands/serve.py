@@ -6,12 +6,13 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from weaveinf.cli import settings
 from weaveinf.cluster.launch import launch
@@ -28,6 +29,7 @@ HEAD_S = 10.0
 """A request's line and headers must be here within this time, and be no larger."""
 UNREAD_S = 60
 """A client that takes nothing of its answer for so long is cut off."""
+_OFFER = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,7 +69,6 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
         uvicorn.Config(
             make_app(engine, server),
             http=_Connection,
-            h11_max_incomplete_event_size=HEAD_BYTES,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -96,9 +97,18 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
         await asyncio.to_thread(engine.close)
 
 
-class _Connection(H11Protocol):
-    """Closes when a request's head does not come in time."""
+class _Connection(HttpToolsProtocol):
+    """Closes when a request's head does not come in time, or is too large.
 
+    An offer to speak HTTP/2, which every Java client makes, is left out: the parser would take the body that
+    follows it for the other protocol's.
+    """
+
+    _head = b""
+    _inside = False
+    """Whether the parser is between the ends of a request."""
+    _held = 0
+    """Bytes of a head, or of what surrounds a body, which are kept until it ends."""
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -106,8 +116,27 @@ class _Connection(H11Protocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
+        self._held += len(data)
+        if not self._inside:
+            head, end, rest = (self._head + data).partition(b"\r\n\r\n")
+            self._head = b"" if end else head
+            data = _OFFER.sub(b"", head) + end + rest if end else b""
         super().data_received(data)
+        if self._held > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too large.")
         self._wait()
+
+    def on_message_begin(self) -> None:
+        self._inside = True
+        super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        self._held = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._inside, self._held = False, 0
+        super().on_message_complete()
 
     def _wait(self) -> None:
         begun = self.cycle is not None and not self.cycle.response_complete
