@@ -7,7 +7,7 @@ Both servers are started once and kept, stopped (SIGSTOP) while another is measu
 with the same number of clients, one straight after the other: `weaveinf bench serve` for both servers, 128
 random prompt tokens and 64 of an answer, streamed; `weaveinf bench throughput` with as many sequences running
 at a time as the servers have clients. A ratio is the median over the turns of the ratios within a turn.
-Writes bench/results/load-DATE.md, .json and .png. Three turns take about 15 minutes.
+Writes bench/results/load-DATE.md, .json and .png. Three turns take about 18 minutes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from matplotlib.figure import Figure
 
 WEAVEINF = [sys.executable, "-m", "weaveinf"]
 VLLM = [str(BENCH / ".venvs" / "vllm" / "bin" / "python"), str(BENCH / "peers" / "serve_vllm.py")]
+AS_PEER = ["--tp", "2", "--kv-cache-gib", "1"]  # what time_vllm.py gives vLLM
 SIZES = ["--prompt-tokens", "128", "--output-tokens", "64", "--json", "-"]
 OURS, PEER, OFFLINE = "weaveinf", "vLLM", "weaveinf, no HTTP"
 WANTED = {1: 1.3, 8: 1.3, 32: 1.3, 128: 1.15}  # times vLLM's tokens a second
 HTTP_COST = 0.05
-LEAST_REQUESTS, MOST_REQUESTS = 24, 256  # of one run; eight of each client otherwise
+EACH, MOST_REQUESTS = 24, 256  # of one client, and of all, in one run
 
 Turn = dict[str, dict[str, Any]]
 
@@ -122,7 +123,7 @@ class Server:
 
 def offline(model: Path, clients: int, requests: int) -> dict[str, Any]:
     """One run of `weaveinf bench throughput`."""
-    command = ["bench", "throughput", str(model), "--tp", "2", "--max-num-seqs", str(clients)]
+    command = ["bench", "throughput", str(model), *AS_PEER, "--max-num-seqs", str(clients)]
     return run([*command, "--requests", str(requests), *SIZES]) | {"model": model.name}
 
 
@@ -133,7 +134,7 @@ def take_turns(model: Path, servers: list[Server], clients: list[int], turns: in
     found: dict[int, list[Turn]] = {number: [] for number in clients}
     for turn in range(turns):
         for number in clients:
-            requests = max(LEAST_REQUESTS, min(8 * number, MOST_REQUESTS))
+            requests = min(EACH * number, MOST_REQUESTS)
             order = list(ways)[:: -1 if turn % 2 else 1]
             found[number].append({name: ways[name](number, requests) for name in order})
             rates = {name: round(one["total_tokens_per_s"]) for name, one in found[number][-1].items()}
@@ -237,8 +238,11 @@ def main() -> None:
     machine, model = describe(), str(args.model.resolve())
     with contextlib.ExitStack() as stack:
         servers = []
-        for name, command in ((OURS, [*WEAVEINF, "serve", model]), (PEER, [*VLLM, model])):
-            servers.append(Server(name, [*command, "--tp", "2"]))
+        for name, command in (
+            (OURS, [*WEAVEINF, "serve", model, *AS_PEER]),
+            (PEER, [*VLLM, model, "--tp", "2"]),
+        ):
+            servers.append(Server(name, command))
             stack.callback(servers[-1].close)
             print(f"started {name} {servers[-1].version}", flush=True)
         found = take_turns(args.model.resolve(), servers, args.clients, args.turns)

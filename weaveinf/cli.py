@@ -178,7 +178,7 @@ def _engine(command: argparse.ArgumentParser, load_format: bool = False) -> None
     add("--max-model-len", type=int, help="tokens of prompt and output together (the model's)")
     add("--seed", type=int, help="of requests without one (0)")
     add("--revision", help="of a hub repository")
-    add("--kv-cache-gib", type=float, help="GiB of KV cache on each rank (by free memory)")
+    add("--kv-cache-gib", type=float, help="GiB of KV cache on each rank, taken at once (by free memory)")
     add("--max-num-seqs", type=int, help="requests running at a time (128)")
     add("--max-num-batched-tokens", type=int, help="tokens of a step (2048)")
     if load_format:

@@ -40,7 +40,8 @@ class EngineConfig:
         seed: what requests without a seed of their own derive theirs from.
         revision: of the hub repository, applied to every file of it.
         load_format: "dummy" makes random weights.
-        kv_cache_gib: GiB of KV cache on each rank, of its device; None: by the memory that is free.
+        kv_cache_gib: GiB of KV cache on each rank, of its device, taken at once; None: by the memory that is
+            free, on a CPU as it fills.
         max_num_seqs: requests that run at the same time.
         max_num_batched_tokens: tokens computed in one step.
         trace: file that gets a Chrome trace of the latest steps of all ranks at the end; None: no trace.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import psutil
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,5 +62,17 @@ def test_pools_are_addressed_by_one_page_table() -> None:
     assert bytes_per_page(specs, 4) == (3 * 4 * 16 * 2 + 2 * 4, 0)
     specs[0] = replace(specs[0], host=range(1, 3))
     assert bytes_per_page(specs, 4) == (4 * 16 * 2 + 2 * 4, 2 * 4 * 16 * 2)
+    pools.occupy()
     pools["key"][0].fill_(9)
     assert not pools["key"][1].any() and not pools["bounds"][0].any()
+
+
+def test_memory_is_taken_when_it_is_written_or_at_once() -> None:
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    size, before = 64 << 20, resident()
+    pools = Pools([PoolSpec("key", (1024,), torch.float32, layers=2)], size >> 16, 16, torch.device("cpu"))
+    assert pools["key"][0].nbytes == size and resident() < before + size // 2
+    pools.occupy()
+    assert resident() > before + 2 * size * 0.9

@@ -62,6 +62,11 @@ class Pools:
                 for layer in range(spec.layers)
             ]
 
+    def occupy(self) -> None:
+        """Takes all memory now, before anything is stored; else the system gives it bit by bit, in steps."""
+        for layer in (layer for layers in self._pools.values() for layer in layers):
+            layer.zero_()
+
     def __getitem__(self, name: str) -> list[Tensor]:
         return self._pools[name]
 

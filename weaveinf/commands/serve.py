@@ -119,8 +119,7 @@ class _Connection(HttpToolsProtocol):
         self._held += len(data)
         if not self._inside:
             head, end, rest = (self._head + data).partition(b"\r\n\r\n")
-            self._head = b"" if end else head
-            data = _OFFER.sub(b"", head) + end + rest if end else b""
+            self._head, data = (b"", _OFFER.sub(b"", head) + end + rest) if end else (head, b"")
         super().data_received(data)
         if self._held > HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("The headers are too large.")

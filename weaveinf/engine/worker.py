@@ -78,6 +78,8 @@ class Worker:
             self.num_pages = self._agree_on_pages(specs)
             scattered = self.selector is not None or self.model_config.indexing is not None
             self.pools = Pools(specs, self.num_pages, PAGE_SIZE, ranks.device, scattered)
+            if config.kv_cache_gib is not None:
+                self.pools.occupy()
             if self.selector is not None:
                 self.selector.bind(self.pools)
             self.model.bind(self.pools, self.selector)
