@@ -1,5 +1,7 @@
 """The helpers' asserts, too, hold under `python -O`."""
 
+import pkgutil
+
 import pytest
 
-pytest.register_assert_rewrite("tests")
+pytest.register_assert_rewrite(*(f"tests.{one.name}" for one in pkgutil.iter_modules(__path__)))

@@ -52,8 +52,11 @@ def serving(**scale: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def client(cluster: Any) -> Iterator[httpx.Client]:
-    with serving(min_replicas="2", max_replicas="2") as one:
+def client(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("the-key\n")
+    with serving(min_replicas="2", max_replicas="2", api_key_file=str(keys)) as one:
+        one.headers["Authorization"] = "Bearer the-key"
         yield one
 
 
@@ -105,6 +108,14 @@ def test_refusals_are_the_servers_own(client: httpx.Client) -> None:
     for content, status in ((b"{" * 9, 400), (b" " * (5 << 20), 413)):
         assert client.post("/v1/completions", content=content, headers=kind).status_code == status
     assert client.get("/nowhere").status_code == 404
+
+
+def test_every_route_but_the_probes_needs_the_key(client: httpx.Client) -> None:
+    other = {"Authorization": "Bearer another"}
+    for path in ("/metrics", "/status", "/version", "/v1/models", "/openapi.json"):
+        assert client.get(path).status_code == 200
+        assert client.get(path, headers=other).status_code == 401
+    assert client.get("/health", headers=other).status_code == 200
 
 
 def test_prompts_of_one_beginning_meet_in_one_cache(client: httpx.Client) -> None:
