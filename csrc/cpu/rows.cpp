@@ -145,11 +145,11 @@ void silu_mul(const T* gate_up, index_t stride, T* out, index_t out_stride, inde
     const T* gate = gate_up + r * stride;
     const T* up = gate + inner;
     T* to = out + r * out_stride;
-    along(
+    along_two(
         inner,
         [&](index_t i) {
-          vf g = load_floats(gate + i);
-          store_floats(to + i, g / (exp(-g) + 1.0f) * load_floats(up + i));
+          const Two g = load_two(gate + i), u = load_two(up + i);
+          store_two(to + i, {g.a / (exp(-g.a) + 1.0f) * u.a, g.b / (exp(-g.b) + 1.0f) * u.b});
         },
         [&](index_t i) {
           const float g = to_float(gate[i]);
