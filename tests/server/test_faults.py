@@ -298,3 +298,14 @@ def test_a_crowd_of_which_some_leave(clients: int, seconds: float) -> None:
         until(lambda: process.num_fds() <= before[0] + 2, process.net_connections())
         assert process.num_threads() <= before[1] + 2
         assert process.memory_info().rss < before[2] + (64 << 20)
+
+
+@pytest.mark.slow
+def test_two_signals_end_a_server_on_ray_without_an_abort() -> None:
+    """Ray handles SIGTERM in a process that joins it, and aborts when another comes meanwhile."""
+    pytest.importorskip("ray")
+    with Server("--executor", "ray") as server:
+        server.text("x", max_tokens=2)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end(signal.SIGTERM) == 0
+    assert not [line for line in server.lines if "FailureSignalHandler" in line]

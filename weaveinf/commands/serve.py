@@ -86,6 +86,8 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             await loading
+            # Ray's own handler came before this one, and a second signal within it would abort the process.
+            signal.signal(signal.SIGTERM, http.handle_exit)
             log.info("ready: %s", engine.config.model)
             dying = asyncio.create_task(engine.died())
             await asyncio.wait({serving, dying}, return_when=asyncio.FIRST_COMPLETED)
@@ -158,9 +160,7 @@ class _Http(uvicorn.Server):
         if self._draining is not None or self._engine.state == "loading":
             self.should_exit = self.force_exit = True
             return
-        log.info(
-            "%s: finishing what runs, %.0f s at most", signal.Signals(sig).name, self._engine.server.drain_s
-        )
+        log.info("%s: ending what runs within %.0f s", signal.Signals(sig).name, self._engine.server.drain_s)
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
