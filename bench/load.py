@@ -8,7 +8,7 @@ with the same number of clients, one straight after the other, weaveinf's server
 held against: `weaveinf bench serve` for both servers, 128 random prompt tokens and 64 of an answer, streamed;
 `weaveinf bench throughput` with as many sequences running at a time as the servers have clients. A ratio is
 the median over the turns of the ratios within a turn. Writes bench/results/load-DATE.md, .json and .png.
-Three turns take about 18 minutes.
+Three turns take about 20 minutes.
 """
 
 from __future__ import annotations
@@ -248,6 +248,7 @@ def main() -> None:
             servers.append(Server(name, command))
             stack.callback(servers[-1].close)
             print(f"started {name} {servers[-1].version}", flush=True)
+        measured = commit()  # before the results make the tree another one
         found = take_turns(args.model.resolve(), servers, args.clients, args.turns)
     date, command = (
         datetime.date.today().isoformat(),
@@ -257,11 +258,11 @@ def main() -> None:
     lines = [f"# Servers under load, {date}", "", table(found), "", *(f"- {verdict}" for verdict in said), ""]
     lines += ["Ratios and costs are medians over the turns of what was measured within a turn.", ""]
     lines += ["Machine: " + "; ".join(f"{key}: {value}" for key, value in machine.items()), ""]
-    lines += [f"Versions: {versions}; {args.turns} turns; `{command}`; weaveinf's commit: {commit()}", ""]
+    lines += [f"Versions: {versions}; {args.turns} turns; `{command}`; weaveinf's commit: {measured}", ""]
     print("\n" + "\n".join(lines))
     stem = BENCH / "results" / f"load-{date}"
     stem.with_suffix(".md").write_text("\n".join(lines))
-    whole = {"date": date, "command": command, "commit": commit(), "machine": machine, "versions": versions}
+    whole = {"date": date, "command": command, "commit": measured, "machine": machine, "versions": versions}
     stem.with_suffix(".json").write_text(
         json.dumps(whole | {"verdicts": said, "turns": found}, indent=1) + "\n"
     )

@@ -1,4 +1,4 @@
-"""The helpers' asserts, too, hold under `python -O`."""
+"""pytest makes the helpers' asserts, too, into ones that hold under `python -O`."""
 
 import pkgutil
 

@@ -45,8 +45,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        if not self._listening.wait(PATIENCE_S):  # not by an assert: python -O would not wait
-            raise AssertionError(self.lines)
+        assert self._listening.wait(PATIENCE_S), self.lines
         return re.findall(r"http://\S+", next(line for line in self.lines if "listening" in line))[0]
 
     def __enter__(self) -> Server:
@@ -107,6 +106,5 @@ def events(response: httpx.Response) -> list[Any]:
 def until(holds: Callable[[], bool], said: Any = "") -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
-        if time.monotonic() > deadline:
-            raise AssertionError(said)
+        assert time.monotonic() < deadline, said
         time.sleep(0.02)

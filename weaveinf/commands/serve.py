@@ -26,7 +26,8 @@ log = logging.getLogger("weaveinf")
 
 HEAD_BYTES = 64 << 10
 HEAD_S = 10.0
-"""A request's line and headers must be here within this time, and be no larger."""
+"""A request's line and headers must be here within this time, and be no larger where one read does not bring
+them whole."""
 UNREAD_S = 60
 """A client that takes nothing of its answer for so long is cut off."""
 _OFFER = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
