@@ -125,6 +125,15 @@ def test_a_stopped_rank_is_ended(
     footprint.check()
 
 
+def test_the_lines_of_ranks_stay_whole(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    patch_ranks(monkeypatch, tmp_path / "patch", 'print("a line\\n" * 20_000)')
+    start(model, 3).close()
+    shown = [line for line in capfd.readouterr().err.splitlines() if "a line" in line]
+    assert sorted(shown) == ["[rank 1] a line"] * 20_000 + ["[rank 2] a line"] * 20_000
+
+
 def test_a_stuck_step_shows_all_stacks(
     model: Path,
     footprint: Footprint,

@@ -120,7 +120,8 @@ class Children:
                 line = raw.decode(errors="replace").rstrip()
                 self._lines[rank].append(line)
                 with suppress(OSError, ValueError):  # our stderr is closed: nobody reads it
-                    print(f"[rank {rank}] {line}", file=sys.stderr, flush=True)
+                    # Its end with it: another rank's line would get between the two.
+                    print(f"[rank {rank}] {line}\n", end="", file=sys.stderr, flush=True)
 
 
 def _environment() -> dict[str, str]:

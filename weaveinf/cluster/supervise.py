@@ -154,9 +154,7 @@ class Supervisor(threading.Thread):
         if self._processes is None and (processes := self._board.processes()) is not None:
             self._processes = processes
             self._met.set()
-        for rank in self._others:
-            if rank not in self._dead and self._is_gone(rank):
-                self._dead.append(rank)
+        self._dead += [rank for rank in self._others if rank not in self._dead and self._is_gone(rank)]
         troubled = bool(self._dead or self._ends)
         if self._processes is not None and (not self._loaded or troubled or now - self._beaten >= BEAT_S):
             self._listen(now)
@@ -250,6 +248,7 @@ class Supervisor(threading.Thread):
         for process in self._near().values():
             process.send(signal.SIGUSR1)
             process.send(signal.SIGCONT)  # one that is stopped prints nothing
+        time.sleep(BEAT_S)  # which they do before they are called off, and end
         with suppress(RuntimeError):  # the store is gone
             self._board.call_off(stacks=True)
         time.sleep(2 * BEAT_S)
