@@ -48,6 +48,12 @@ class Server:
         assert self._listening.wait(PATIENCE_S), self.lines
         return re.findall(r"http://\S+", next(line for line in self.lines if "listening" in line))[0]
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """For a socket."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
     def __enter__(self) -> Server:
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
         until(lambda: self.client.get("/ready").status_code == 200, self.lines)

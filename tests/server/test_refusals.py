@@ -154,12 +154,11 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 def test_an_offer_of_http2_costs_no_body(server: Server) -> None:
     """Every Java client makes it with every request that is not encrypted."""
-    host, port = server.url.removeprefix("http://").split(":")
     body = b'{"prompt": "a", "max_tokens": 2}'
     head = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
     measured = b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
     chunked = b"%bTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (head, len(body), body)
-    with socket.create_connection((host, int(port)), PATIENCE_S) as client, client.makefile("rb") as answers:
+    with socket.create_connection(server.address, PATIENCE_S) as client, client.makefile("rb") as answers:
         for parts in ([measured], [chunked], [chunked[:300], chunked[300:]], [bytes([c]) for c in measured]):
             for part in parts:
                 client.sendall(part)
@@ -182,8 +181,7 @@ def test_an_offer_of_http2_costs_no_body(server: Server) -> None:
     ids=["header", "extension of a chunk", "trailer", "the next request's"],
 )
 def test_nothing_beside_a_body_is_endless(server: Server, begin: bytes) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), PATIENCE_S) as client:
+    with socket.create_connection(server.address, PATIENCE_S) as client:
         client.sendall(begin)
         with pytest.raises(ConnectionError):
             for _ in range(1000):  # 64 MiB: no socket's buffers hold them
@@ -193,8 +191,7 @@ def test_nothing_beside_a_body_is_endless(server: Server, begin: bytes) -> None:
 
 @pytest.mark.slow
 def test_a_slow_client(server: Server) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), PATIENCE_S) as slow:
+    with socket.create_connection(server.address, PATIENCE_S) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
         assert server.text("the others", max_tokens=2)
         assert slow.recv(1) == b""  # after HEAD_S
@@ -202,7 +199,6 @@ def test_a_slow_client(server: Server) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_reads_nothing_is_cut_off(server: Server) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
     asked = {"prompt": "x", "stream": True, "n": 16, "logprobs": 20, "max_tokens": 1500, "ignore_eos": True}
     body = json.dumps(asked)  # of an answer that the kernel's buffers cannot hold
 
@@ -213,7 +209,7 @@ def test_a_client_that_reads_nothing_is_cut_off(server: Server) -> None:
 
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect((host, int(port)))
+        client.connect(server.address)
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         time.sleep(UNREAD_S / 2)

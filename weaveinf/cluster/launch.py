@@ -59,12 +59,12 @@ def launch(config: EngineConfig, progress: Progress | None = None) -> Cluster:
     size = config.tensor_parallel_size
     path = _look_at_model(config)
     if size == 1:
-        return Cluster(config, None, None, progress)
+        return Cluster(_Driver(config, None, None, progress))
     found = replace(config, model=str(path.absolute()), revision=None)
     if config.executor == "ray":
         return _launch_actors(config, found, progress)
     store, port = make_store(LOADING_S)
-    return Cluster(config, store, Children(found, size, port), progress)
+    return Cluster(_Driver(config, store, Children(found, size, port), progress))
 
 
 def _launch_actors(config: EngineConfig, found: EngineConfig, progress: Progress | None) -> Cluster:
@@ -76,7 +76,7 @@ def _launch_actors(config: EngineConfig, found: EngineConfig, progress: Progress
         found = replace(config, revision=Path(found.model).name)
     host = connect()
     store, port = make_store(LOADING_S, host)
-    return Cluster(config, store, Actors(found, host, port), progress)
+    return Cluster(_Driver(config, store, Actors(found, host, port), progress))
 
 
 def _look_at_model(config: EngineConfig) -> Path:
@@ -109,13 +109,12 @@ def _join_torchrun(config: EngineConfig, progress: Progress | None) -> Cluster:
     store, rank, _ = torchrun_s_store()
     if rank > 0:
         raise SystemExit(follow(config, store, rank, size))
-    return Cluster(config, store, None, progress)
+    return Cluster(_Driver(config, store, None, progress))
 
 
 def torchrun_s_store() -> tuple[dist.Store, int, int]:
     """The store that torchrun's ranks meet at, this one's rank, and how many there are."""
-    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
-    return store, rank, size
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
 
 
 class Cluster:
@@ -129,22 +128,16 @@ class Cluster:
     ahead = 0
     on_sent: Callable[[], None] | None = None
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        store: dist.Store | None,
-        children: Children | Actors | None,
-        progress: Progress | None,
-    ) -> None:
-        self._driver = _Driver(config, store, children, progress)
-        self._finalizer = weakref.finalize(self, self._driver.close)
+    def __init__(self, driver: _Driver) -> None:
+        self._driver = driver
+        self._finalizer = weakref.finalize(self, driver.close)
         try:
-            self._driver.start()
+            driver.start()
         except BaseException:
             self.close()
             raise
-        assert self._driver.worker is not None
-        self.worker: Worker = self._driver.worker
+        assert driver.worker is not None
+        self.worker: Worker = driver.worker
 
     @property
     def failure(self) -> Exception | None:
@@ -227,10 +220,7 @@ class _Driver:
             else:
                 watch.ready()
         except Exception as error:
-            if watch is None:
-                self._hear(error)
-            else:
-                watch.accuse(error)
+            (self._hear if watch is None else watch.accuse)(error)
 
     def _join(self) -> Ranks:
         if self._supervisor is None:
@@ -269,8 +259,7 @@ class _Driver:
         self._check()
 
     def silent(self) -> str | None:
-        watch = self._supervisor
-        return None if watch is None else watch.silent()
+        return None if self._supervisor is None else self._supervisor.silent()
 
     def take(self) -> StepOutput:
         """The oldest output."""

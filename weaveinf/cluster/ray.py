@@ -129,8 +129,7 @@ class Actors:
         here, take = Seat.mine(), share(kind)
         first = int(kind == "cpu")  # only Ray knows which GPU is rank 0's, and tells an actor in its bundle
         if (group := get_current_placement_group()) is None:
-            near = {"ray.io/node-id": here.node}
-            labels = [near] + [{}] * (size - 1)
+            labels = [{"ray.io/node-id": here.node}] + [{}] * (size - 1)
             strategy = config.placement.upper()
             group = self._own = placement_group([take] * size, strategy, bundle_label_selector=labels)
         else:

@@ -9,10 +9,14 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from weaveinf.cli import settings
 from weaveinf.cluster.launch import launch
@@ -59,8 +63,7 @@ def _listen(server: ServerConfig) -> socket.socket:
     # Connections inherit it. asyncio sets it on sockets of its own making only, and without it a stream's
     # first tokens wait for the acknowledgement of its head, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux's
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
     return listener
 
 
@@ -68,7 +71,7 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
     """Serves while the engine loads, too. RuntimeError when the engine is dead."""
     http = _Http(
         uvicorn.Config(
-            make_app(engine, server),
+            _with_push(make_app(engine, server)),
             http=_Connection,
             ws="none",
             lifespan="off",
@@ -98,6 +101,25 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
         http.should_exit = True
         await serving
         await asyncio.to_thread(engine.close)
+
+
+def _with_push(app: ASGIApp) -> ASGIApp:
+    """Shows the application, as `scope["push"]`, a short way to its client: see `_push`."""
+
+    async def shown(scope: Scope, receive: Receive, send: Send) -> None:
+        cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
+        await app({**scope, "push": partial(_push, cycle)}, receive, send)
+
+    return shown
+
+
+def _push(cycle: RequestResponseCycle, make: Callable[..., bytes], *given: Any) -> None:
+    """Makes a part of a chunked answer, for a client that is there, and writes it past all layers.
+
+    It waits for nobody: what a slow client has yet to read is kept in any case.
+    """
+    if not (cycle.disconnected or cycle.transport.is_closing()) and (part := make(*given)):
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
 
 class _Connection(HttpToolsProtocol):

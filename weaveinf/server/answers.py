@@ -83,8 +83,8 @@ class CompletionAnswer:
     def __init__(
         self, request: CompletionRequest, job: Job, texts: Sequence[str], tokenizer: TextTokenizer | None
     ) -> None:
-        self._request = request
-        self._job = job
+        self.request = request
+        self.job = job
         self._texts = texts
         self._spelling = Spelling(tokenizer)
         self._shown: dict[int, int] = {}  # characters, by choice
@@ -92,35 +92,31 @@ class CompletionAnswer:
 
     def choices(self, piece: Piece) -> list[Object]:
         """What a piece has to show."""
-        if self._job.params.prompt_logprobs is None:
+        if self.job.params.prompt_logprobs is None:
             return [self._choice(piece)]
         late = self._late.setdefault(piece.sample, [])
         late.append(piece)
-        if piece.sample // self._job.params.n not in self._job.prompt_logprobs:
+        if piece.sample // self.job.params.n not in self.job.prompt_logprobs:
             return []
         return [self._choice(one) for one in self._late.pop(piece.sample)]
 
     def _choice(self, piece: Piece) -> Object:
-        request, prompt = self._request, piece.sample // self._job.params.n
+        request, prompt = self.request, piece.sample // self.job.params.n
         text, ids, entries = piece.text, piece.token_ids, list[TokenLogprob | None](piece.logprobs)
         if request.max_tokens == 0:
             text, ids, entries = "", [], []
         first = piece.sample not in self._shown
         at = self._shown.get(piece.sample, 0)
         if request.echo and first:
-            text, ids = self._texts[prompt] + text, self._job.prompts[prompt] + ids
-            entries = self._job.prompt_logprobs.get(prompt, []) + entries
+            text, ids = self._texts[prompt] + text, self.job.prompts[prompt] + ids
+            entries = self.job.prompt_logprobs.get(prompt, []) + entries
         choice: Object = {"index": piece.sample, "text": text, "logprobs": None}
         if request.logprobs is not None:
             choice["logprobs"] = found = self._spelling.completion(ids, entries, at)
             at += sum(map(len, found["tokens"]))
         self._shown[piece.sample] = at
         choice |= {"finish_reason": finish_reason(piece), "stop_reason": piece.stop_reason}
-        if request.return_token_ids:
-            choice["token_ids"] = ids
-            if first:
-                choice["prompt_token_ids"] = self._job.prompts[prompt]
-        return choice
+        return choice | (_ids(self.job, piece.sample, ids, first) if request.return_token_ids else {})
 
 
 class ChatAnswer:
@@ -131,8 +127,8 @@ class ChatAnswer:
     def __init__(
         self, request: ChatRequest, job: Job, tools: list[Tool], tokenizer: TextTokenizer | None
     ) -> None:
-        self._request = request
-        self._job = job
+        self.request = request
+        self.job = job
         self._tools = tools
         self._spelling = Spelling(tokenizer)
         self._readers: dict[int, ToolReader] = {}
@@ -141,7 +137,7 @@ class ChatAnswer:
         """What a piece has to show: the whole message, or what a chunk adds to it."""
         first = piece.sample not in self._readers
         reader = self._readers.setdefault(
-            piece.sample, ToolReader(self._tools, self._request.parallel_tool_calls)
+            piece.sample, ToolReader(self._tools, self.request.parallel_tool_calls)
         )
         content, calls = piece.text, list[Object]()
         reason = finish_reason(piece)
@@ -155,22 +151,24 @@ class ChatAnswer:
             message["content"] = content if content or not calls else None
         if calls:
             numbered = [{"index": i} | call for i, call in enumerate(calls)]
-            message["tool_calls"] = numbered if self._job.stream else calls
+            message["tool_calls"] = numbered if self.job.stream else calls
             reason = "tool_calls" if reason == "stop" else reason
-        shows = message or reason is not None or (piece.token_ids and self._request.return_token_ids)
+        shows = message or reason is not None or (piece.token_ids and self.request.return_token_ids)
         if not shows and not piece.logprobs:
             return []
-        choice: Object = {"index": piece.sample, "delta" if self._job.stream else "message": message}
-        choice["logprobs"] = self._spelling.chat(piece.logprobs) if self._request.logprobs else None
+        choice: Object = {"index": piece.sample, "delta" if self.job.stream else "message": message}
+        choice["logprobs"] = self._spelling.chat(piece.logprobs) if self.request.logprobs else None
         choice |= {"finish_reason": reason, "stop_reason": piece.stop_reason}
-        if self._request.return_token_ids:
-            choice["token_ids"] = piece.token_ids
-            if first:
-                choice["prompt_token_ids"] = self._job.prompts[0]
+        if self.request.return_token_ids:
+            choice |= _ids(self.job, piece.sample, piece.token_ids, first)
         return [choice]
 
 
 Answer = CompletionAnswer | ChatAnswer
+
+
+def _ids(job: Job, sample: int, ids: list[int], first: bool) -> Object:
+    return {"token_ids": ids} | ({"prompt_token_ids": job.prompts[sample // job.params.n]} if first else {})
 
 
 def finish_reason(piece: Piece) -> str | None:

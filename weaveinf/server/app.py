@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequ
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -90,9 +91,8 @@ class _Routes:
 
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         tokenizer = self._tokenizer(body.model)
-        given = body.prompts()
-        prompts, texts = [prompt for prompt in given if not isinstance(prompt, str)], list[str]()
-        if body.echo or len(prompts) < len(given):
+        prompts, texts = [one for one in body.prompts() if not isinstance(one, str)], list[str]()
+        if body.echo or not prompts:
             prompts, texts = await self._text(self._prompts, body, tokenizer)
         job = self._job(body, prompts, body.params())
         return await self._reply(http, body, job, CompletionAnswer(body, job, texts, tokenizer))
@@ -175,8 +175,7 @@ class _Routes:
         finally:
             seen["output_tokens"] = job.num_answered
         if body.stream:
-            events = _Events(top, answer, job, body.stream_options or StreamOptions())
-            return _Stream(events, first, pieces)
+            return _Stream(top, answer, first, pieces)
         await pieces.aclose()
         found = sorted(first, key=lambda piece: piece.sample)
         choices = [choice for piece in found for choice in answer.choices(piece)]
@@ -229,59 +228,67 @@ class _Routes:
 
 
 class _Stream(Response):
-    """Server-sent events. When the client leaves, what makes them is cancelled."""
+    """Server-sent events: a chunk for each choice of each piece, then the usage if it is wanted.
 
-    def __init__(self, events: _Events, first: list[Piece], rest: AsyncGenerator[list[Piece]]) -> None:
+    When the client leaves, what makes them is cancelled.
+    """
+
+    def __init__(
+        self, top: Object, answer: Answer, first: list[Piece], rest: AsyncGenerator[list[Piece]]
+    ) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._events, self._first, self._rest = events, first, rest
+        self._top, self._answer, self._job, self._first, self._rest = top, answer, answer.job, first, rest
+        self._options = options = answer.request.stream_options or StreamOptions()
+        # All chunks begin alike, and end alike unless they tell of the tokens so far.
+        self._begin = b'data: %b,"choices":[' % pydantic_core.to_json(top)[:-1]
+        self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(self._events.job.timeout_s + LATE_S), aclosing(self._rest):
-                await _unless_gone(receive, self._send(send))
+            async with asyncio.timeout(self._job.timeout_s + LATE_S), aclosing(self._rest):
+                await _unless_gone(receive, self._send(send, scope.get("push")))
         except (_Gone, TimeoutError):
             scope["state"]["log"]["status"] = 499
         finally:
-            scope["state"]["log"]["output_tokens"] = self._events.job.num_answered
+            scope["state"]["log"]["output_tokens"] = self._job.num_answered
 
-    async def _send(self, send: Send) -> None:
+    def _push(self, past_layers: Callable[..., None], piece: Piece) -> None:
+        try:
+            past_layers(self._events, [piece])
+        except Exception as error:
+            self._job.fail(error)
+
+    async def _send(self, send: Send, past_layers: Callable[..., None] | None) -> None:
+        push = None if past_layers is None else partial(self._push, past_layers)
+
         async def part(body: bytes, more: bool = True) -> None:
+            self._job.push = None  # what comes while this part has to wait must not overtake it
             await send({"type": "http.response.body", "body": body, "more_body": more})
+            self._job.push = push if more else None
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await part(self._events.of(self._first))
+            await part(self._events(self._first))
             async for pieces in self._rest:
-                if events := self._events.of(pieces):
+                if events := self._events(pieces):
                     await part(events)
-            await part(self._events.last(), more=False)
+            await part(self._last(), more=False)
         except Exception as error:
             if not isinstance(error, HTTPException):
                 log.exception("a stream failed")
                 error = ApiError(500, "the server failed; see its log")
             await part(b"data: %b\n\n" % pydantic_core.to_json(error_body(error)), more=False)
 
-
-class _Events:
-    """A chunk for each choice of each piece, then the usage if it is wanted."""
-
-    def __init__(self, top: Object, answer: Answer, job: Job, options: StreamOptions) -> None:
-        self.job = job
-        self._top, self._answer, self._options = top, answer, options
-        # All chunks begin alike, and end alike unless they tell of the tokens so far.
-        self._begin = b'data: %b,"choices":[' % pydantic_core.to_json(top)[:-1]
-        self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
-
-    def of(self, pieces: list[Piece]) -> bytes:
+    def _events(self, pieces: list[Piece]) -> bytes:
         end = self._end
         if self._options.continuous_usage_stats:
-            end = b'],"usage":%b}\n\n' % pydantic_core.to_json(usage(self.job))
+            end = b'],"usage":%b}\n\n' % pydantic_core.to_json(usage(self._job))
         choices = [choice for piece in pieces for choice in self._answer.choices(piece)]
         return b"".join([self._begin + pydantic_core.to_json(choice) + end for choice in choices])
 
-    def last(self) -> bytes:
-        told = pydantic_core.to_json(self._top | {"choices": [], "usage": usage(self.job)})
+    def _last(self) -> bytes:
+        told = pydantic_core.to_json(self._top | {"choices": [], "usage": usage(self._job)})
         return (b"data: %b\n\n" % told if self._options.include_usage else b"") + b"data: [DONE]\n\n"
 
 

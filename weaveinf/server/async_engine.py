@@ -79,6 +79,8 @@ class Job:
     error: Exception | None = None
     waiting: asyncio.Future[None] | None = None
     """Of whoever waits for `ready`."""
+    push: Callable[[Piece], None] | None = None
+    """Sends a piece at once, sparing its client's task; None while that has something to send."""
     begun: int = 0
     shown: bool = False
     """Whether its client has got something of it, so that it cannot be begun again."""
@@ -120,7 +122,8 @@ class AsyncEngine:
         self.num_restarts = 0
         self.timeline: list[Span] = []
         """Of the latest recorded step that was woven, or of any while there was none."""
-        self._engine: Engine | None = None
+        self.at_work: Engine | None = None
+        """The engine, if there is one now."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._calls: queue.SimpleQueue[tuple[Callable[[Engine, Job], None], Job]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()  # of the event loop
@@ -146,14 +149,9 @@ class AsyncEngine:
     @property
     def engine(self) -> Engine:
         """The one at work. ApiError (503) while there is none, or nothing new is taken."""
-        if self._engine is None or self.state not in ("ready", "draining"):
+        if self.at_work is None or self.state not in ("ready", "draining"):
             raise ApiError(503, f"the engine is {self.state}; come again", retry_after=5)
-        return self._engine
-
-    @property
-    def at_work(self) -> Engine | None:
-        """The engine, if there is one now."""
-        return self._engine
+        return self.at_work
 
     @property
     def num_open(self) -> int:
@@ -162,11 +160,11 @@ class AsyncEngine:
 
     def silent(self) -> str | None:
         """Which rank or thread has shown no sign of life for too long; None while all is well."""
-        if self.state not in ("ready", "draining") or self._engine is None:
+        if self.state not in ("ready", "draining") or self.at_work is None:
             return f"the engine is {self.state}"
         if not self._thread.is_alive() or time.monotonic() - self._turned > STUCK_S:
             return "the engine's thread stands still"
-        return self._engine.executor.silent()
+        return self.at_work.executor.silent()
 
     async def run(self, job: Job) -> AsyncGenerator[list[Piece]]:
         """Runs a job and yields its pieces as they come; the last of each sample has a finish reason.
@@ -197,13 +195,12 @@ class AsyncEngine:
                 pieces, job.pieces = job.pieces, []
                 for piece in pieces:
                     job.left -= piece.finish_reason is not None
-                    job.num_answered += len(piece.token_ids)
                 job.shown = True
                 yield pieces
         finally:
             timer.cancel()
             self._jobs.discard(job)
-            job.ended = True
+            job.ended, job.push = True, None
             if job.left:
                 self._calls.put((self._abort, job))
 
@@ -240,7 +237,7 @@ class AsyncEngine:
             if job.ids and (job.shown or job.begun > 1):
                 job.fail(ApiError(503, f"the engine stopped: {words}"))
             elif job.ids:  # those without are queued
-                job.pieces, job.ids = [], []
+                job.pieces, job.ids, job.num_answered = [], [], 0
                 self._calls.put((self._begin, job))
 
     def _bury(self) -> None:
@@ -258,7 +255,7 @@ class AsyncEngine:
                 _ = engine.tokenizer  # loaded here, so that no coroutine waits for it
                 engine.trace.on_step = self.metrics.stepped
                 engine.executor.on_sent = self._hand_over
-                self._engine = engine
+                self.at_work = engine
                 # What is there stays: to look through it all takes a tenth of a second in some step, and a
                 # sixth of what streaming a token takes.
                 gc.freeze()
@@ -269,7 +266,7 @@ class AsyncEngine:
             try:
                 self._serve(engine)
             except Exception as error:
-                self._engine = None
+                self.at_work = None
                 log.error("the engine has failed: %s", error)
                 with suppress(Exception):
                     engine.close()
@@ -283,8 +280,8 @@ class AsyncEngine:
                 self._held.clear()
                 self._say("restarting")
                 self._tell(self._rescue, error)
-        if self._engine is not None:
-            self._engine.close()
+        if self.at_work is not None:
+            self.at_work.close()
 
     def _say(self, state: str) -> None:
         if self.state != "draining":
@@ -360,8 +357,12 @@ class AsyncEngine:
 
     def _deliver(self, updates: list[tuple[Job, Piece]]) -> None:
         for job, piece in updates:
-            job.pieces.append(piece)
-            job.wake()
+            job.num_answered += len(piece.token_ids)
+            if job.push is not None and piece.finish_reason is None:
+                job.push(piece)
+            else:
+                job.pieces.append(piece)
+                job.wake()
 
     def _begin(self, engine: Engine, job: Job) -> None:
         if job.ended:  # its client left while it waited here

@@ -49,12 +49,9 @@ class Guard:
         scope.setdefault("state", {})["log"] = seen
         began = time.perf_counter()
 
-        started = False
-
         async def answer(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started, seen["status"] = True, message["status"]
+                seen["status"] = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", id_.encode())]
             await send(message)
 
@@ -64,7 +61,7 @@ class Guard:
                 body = _Body(receive, self._max_body)
                 await self._app(scope, body.receive, answer)
             except Exception as error:
-                if started:
+                if seen["status"] != 499:  # an answer has begun
                     raise
                 if not isinstance(error, ApiError):
                     log.exception("a request failed")
