@@ -193,8 +193,7 @@ class AsyncEngine:
                 if job.error is not None:
                     raise job.error
                 pieces, job.pieces = job.pieces, []
-                for piece in pieces:
-                    job.left -= piece.finish_reason is not None
+                job.left -= sum(piece.finish_reason is not None for piece in pieces)
                 job.shown = True
                 yield pieces
         finally:

@@ -66,5 +66,6 @@ class _Engine:
         self._llm = LLM(model, executor="ray", show_progress=False, **settings)
 
     def generate(self, prompts: list[Any], params: SamplingParams | None) -> dict[str, list[Any]]:
-        done = self._llm.generate([p if isinstance(p, str) else [*p] for p in prompts], params)
+        given = [prompt if isinstance(prompt, str) else [*prompt] for prompt in prompts]
+        done = self._llm.generate(given, params, show_progress=False)
         return {name: [getattr(one, name) for one in done] for name in ("text", "token_ids", "finish_reason")}
