@@ -35,15 +35,14 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Runs a spawned rank; its place and its settings come through stdin."""
-    _die_with_parent()
+    # The kernel kills this process when the thread that started it ends.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is rank 0's business
     given = json.loads(sys.stdin.readline())
     if os.getppid() != given["parent"]:
         sys.exit(1)  # it died before the kernel was told
     store = dist.TCPStore("127.0.0.1", given["port"], timeout=timedelta(seconds=LOADING_S))
     code = follow(EngineConfig(**given["config"]), store, given["rank"], given["size"])
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # no teardown that could hang
 
 
@@ -187,11 +186,6 @@ class Pulse:
                 faulthandler.dump_traceback(STDERR, all_threads=True)
             if self._state != "left" and (off or gone or os.getppid() != self._parent):
                 os._exit(1)
-
-
-def _die_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ray.util.placement_group import get_current_placement_group, placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from weaveinf.cluster.rank import LOADING_S, follow
+from weaveinf.cluster.spawn import say
 from weaveinf.comm.errors import RankDied
 from weaveinf.config import EngineConfig
 
@@ -89,7 +90,7 @@ def settle(answers: list[ray.ObjectRef], wanted: str) -> list[Any]:
                 f"Ray found no place for {wanted} within {waited:.0f} s; free are {_free()}. "
                 "Use fewer ranks, add nodes, or end what holds them (ray status)"
             )
-        print(f"weaveinf: waiting for Ray to place {wanted}; free: {_free()}", file=sys.stderr, flush=True)
+        say(f"weaveinf: waiting for Ray to place {wanted}; free: {_free()}")
         pause = min(2 * pause, PLACING_S - waited)
     try:
         return list(ray.get(answers))
@@ -127,13 +128,13 @@ class Actors:
         self._runs: dict[int, ray.ObjectRef] = {}
         self._own = None
         here, take = Seat.mine(), share(kind)
-        first = int(kind == "cpu")  # only Ray knows which GPU is rank 0's, and tells an actor in its bundle
-        if (group := get_current_placement_group()) is None:
+        group = get_current_placement_group()
+        # Only Ray knows which GPU is rank 0's, and tells an actor in its bundle.
+        first = int(kind == "cpu" or group is not None)
+        if group is None:
             labels = [{"ray.io/node-id": here.node}] + [{}] * (size - 1)
             strategy = config.placement.upper()
             group = self._own = placement_group([take] * size, strategy, bundle_label_selector=labels)
-        else:
-            first = 1
         actor: Any = ray.remote(_Actor)
         self._actors = {
             bundle: actor.options(

@@ -40,6 +40,12 @@ def make_store(seconds: float, host: str = "127.0.0.1") -> tuple[dist.TCPStore, 
     return store, port
 
 
+def say(line: str) -> None:
+    """Shows a line, and its end with it: print writes that apart, and another thread's line gets between."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 class Children:
     """Ranks 1 to size-1, each a process of its own that reads its place from stdin.
 
@@ -120,8 +126,7 @@ class Children:
                 line = raw.decode(errors="replace").rstrip()
                 self._lines[rank].append(line)
                 with suppress(OSError, ValueError):  # our stderr is closed: nobody reads it
-                    # Its end with it: another rank's line would get between the two.
-                    print(f"[rank {rank}] {line}\n", end="", file=sys.stderr, flush=True)
+                    say(f"[rank {rank}] {line}")
 
 
 def _environment() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from weaveinf.cluster.board import Beat, Board, End, Process
 from weaveinf.cluster.rank import BEAT_S, FAREWELL_S, LOADING_S, LOST_S, STDERR
-from weaveinf.cluster.spawn import Children
+from weaveinf.cluster.spawn import Children, say
 from weaveinf.comm.errors import RankDied
 
 if TYPE_CHECKING:
@@ -143,13 +142,12 @@ class Supervisor(threading.Thread):
             self._met.set()
             self.over.set()
             if self._hung and self._begun > self._done and not self._closing.wait(LEAVE_S):
-                print(f"weaveinf: {self.verdict}; rank 0 cannot be stopped", file=sys.stderr, flush=True)
+                say(f"weaveinf: {self.verdict}; rank 0 cannot be stopped")
                 os._exit(1)  # nothing else ends a step that waits for nobody
 
     def _look(self, now: float) -> None:
         if now - self._ticked > 20 * TICK_S:  # this process slept itself, so it cannot judge
-            self._seen = dict.fromkeys(self._seen, now)
-            self._moved = dict.fromkeys(self._moved, now)
+            self._seen, self._moved = dict.fromkeys(self._seen, now), dict.fromkeys(self._moved, now)
         self._ticked = now
         if self._processes is None and (processes := self._board.processes()) is not None:
             self._processes = processes
@@ -163,8 +161,7 @@ class Supervisor(threading.Thread):
     def _is_gone(self, rank: int) -> bool:
         if self._children is not None:
             return self._children.ended(rank)
-        near = self._near()
-        return rank in near and not near[rank].alive()
+        return (process := self._near().get(rank)) is not None and not process.alive()
 
     def _near(self) -> dict[int, Process]:
         """The processes of other ranks on this host."""
@@ -226,7 +223,7 @@ class Supervisor(threading.Thread):
                 return RankDied(slow[0], f"{names} did not load within {LOADING_S:.0f} s")
             if now - self._waited > WAITING_S and self._state == "running":
                 self._waited = now
-                print(f"weaveinf: waiting for {names} to load", file=sys.stderr, flush=True)
+                say(f"weaveinf: waiting for {names} to load")
             return None
         limit = max(STUCK_S, STUCK_TIMES * max(self._recent))
         if all(now - moved <= limit for moved in self._moved.values()):
@@ -243,12 +240,12 @@ class Supervisor(threading.Thread):
 
     def _print_stacks(self) -> None:
         """The Python stacks of all ranks, on stderr."""
-        print("weaveinf: rank 0 stands at", file=sys.stderr, flush=True)
+        say("weaveinf: rank 0 stands at")
         faulthandler.dump_traceback(STDERR, all_threads=True)
         for process in self._near().values():
             process.send(signal.SIGUSR1)
             process.send(signal.SIGCONT)  # one that is stopped prints nothing
-        time.sleep(BEAT_S)  # which they do before they are called off, and end
+        time.sleep(BEAT_S)  # which those near do before all are called off, and end
         with suppress(RuntimeError):  # the store is gone
             self._board.call_off(stacks=True)
         time.sleep(2 * BEAT_S)
@@ -269,10 +266,10 @@ class Supervisor(threading.Thread):
         if self._children is None:
             if self.verdict is not None:
                 self.over.set()
-            deadline = time.monotonic() + (grace or FAREWELL_S)
+            end = time.monotonic() + (grace or FAREWELL_S)
             with suppress(RuntimeError):  # the store is gone, and the ranks leave by that
-                while any(beat.state != "left" for beat in self._board.beats(self._others)):
-                    if time.monotonic() > deadline:
-                        self._board.call_off(stacks=False)
-                        break
+                while time.monotonic() < end and any(
+                    b.state != "left" for b in self._board.beats(self._others)
+                ):
                     time.sleep(TICK_S)
+                self._board.call_off(stacks=False)  # those who have left do not mind

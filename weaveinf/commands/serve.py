@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -63,7 +64,8 @@ def _listen(server: ServerConfig) -> socket.socket:
     # Connections inherit it. asyncio sets it on sockets of its own making only, and without it a stream's
     # first tokens wait for the acknowledgement of its head, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux's
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
     return listener
 
 
@@ -107,19 +109,21 @@ def _with_push(app: ASGIApp) -> ASGIApp:
     """Shows the application, as `scope["push"]`, a short way to its client: see `_push`."""
 
     async def shown(scope: Scope, receive: Receive, send: Send) -> None:
-        cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
-        await app({**scope, "push": partial(_push, cycle)}, receive, send)
+        if isinstance(cycle := getattr(send, "__self__", None), RequestResponseCycle):
+            scope = {**scope, "push": partial(_push, cycle)}
+        await app(scope, receive, send)
 
     return shown
 
 
-def _push(cycle: RequestResponseCycle, make: Callable[..., bytes], *given: Any) -> None:
-    """Makes a part of a chunked answer, for a client that is there, and writes it past all layers.
-
-    It waits for nobody: what a slow client has yet to read is kept in any case.
-    """
-    if not (cycle.disconnected or cycle.transport.is_closing()) and (part := make(*given)):
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+def _push(cycle: RequestResponseCycle, make: Callable[..., bytes], *given: Any) -> bool:
+    """Makes and sends a part of an answer that has begun, past all layers; False where that would wait."""
+    if cycle.flow.write_paused:
+        return False
+    if part := make(*given):
+        with suppress(StopIteration):  # it has run to its end, as it had not to wait
+            cycle.send({"type": "http.response.body", "body": part, "more_body": True}).send(None)
+    return True
 
 
 class _Connection(HttpToolsProtocol):

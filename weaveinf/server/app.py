@@ -163,7 +163,7 @@ class _Routes:
             raise ValueError("stream_options needs stream=true")
         top = head(answer.names, self._model, body.stream)
         seen = http.state.log
-        seen |= {"answer": top["id"], "prompts": len(job.prompts)}
+        seen |= {"answer": top["id"], "prompts": len(job.prompts), "output_tokens": 0}
         seen["prompt_tokens"] = sum(map(len, job.prompts))
         seen |= {} if body.user is None else {"user": body.user}
         seen |= {"prompt_token_ids": job.prompts} if self._config.log_prompts else {}
@@ -172,11 +172,10 @@ class _Routes:
             first = await _unless_gone(http.receive, anext(pieces))
         except _Gone:
             return Response(status_code=499)
-        finally:
-            seen["output_tokens"] = job.num_answered
         if body.stream:
             return _Stream(top, answer, first, pieces)
         await pieces.aclose()
+        seen["output_tokens"] = job.num_answered = sum(len(piece.token_ids) for piece in first)
         found = sorted(first, key=lambda piece: piece.sample)
         choices = [choice for piece in found for choice in answer.choices(piece)]
         return JSONResponse(top | {"choices": choices, "usage": usage(job)})
@@ -253,13 +252,15 @@ class _Stream(Response):
         finally:
             scope["state"]["log"]["output_tokens"] = self._job.num_answered
 
-    def _push(self, past_layers: Callable[..., None], piece: Piece) -> None:
+    def _push(self, past_layers: Callable[..., bool], piece: Piece) -> bool:
         try:
-            past_layers(self._events, [piece])
+            return past_layers(self._events, [piece])
         except Exception as error:
+            self._job.push = None
             self._job.fail(error)
+            return True
 
-    async def _send(self, send: Send, past_layers: Callable[..., None] | None) -> None:
+    async def _send(self, send: Send, past_layers: Callable[..., bool] | None) -> None:
         push = None if past_layers is None else partial(self._push, past_layers)
 
         async def part(body: bytes, more: bool = True) -> None:
@@ -281,6 +282,7 @@ class _Stream(Response):
             await part(b"data: %b\n\n" % pydantic_core.to_json(error_body(error)), more=False)
 
     def _events(self, pieces: list[Piece]) -> bytes:
+        self._job.num_answered += sum(len(piece.token_ids) for piece in pieces)
         end = self._end
         if self._options.continuous_usage_stats:
             end = b'],"usage":%b}\n\n' % pydantic_core.to_json(usage(self._job))

@@ -79,8 +79,9 @@ class Job:
     error: Exception | None = None
     waiting: asyncio.Future[None] | None = None
     """Of whoever waits for `ready`."""
-    push: Callable[[Piece], None] | None = None
-    """Sends a piece at once, sparing its client's task; None while that has something to send."""
+    push: Callable[[Piece], bool] | None = None
+    """Sends a piece at once, past its client's task; False where it has to wait for that. None: all have to.
+    The last of a sample, with its finish reason, is never given to it."""
     begun: int = 0
     shown: bool = False
     """Whether its client has got something of it, so that it cannot be begun again."""
@@ -167,7 +168,7 @@ class AsyncEngine:
         return self.at_work.executor.silent()
 
     async def run(self, job: Job) -> AsyncGenerator[list[Piece]]:
-        """Runs a job and yields its pieces as they come; the last of each sample has a finish reason.
+        """Runs a job and yields its pieces as they come, unless they are pushed; a sample's last never is.
 
         Leaving early aborts it. ValueError when it can never be served. ApiError: 429 when too many wait,
         503 when nothing is taken or its ranks died, 504 when its time is up.
@@ -187,7 +188,7 @@ class AsyncEngine:
         timer = loop.call_later(min(job.timeout_s, self.server.timeout_s), job.fail, late)
         try:
             while job.left:
-                if not job.ready:
+                while not job.ready:  # what woke it may be gone again: see `_rescue`
                     job.waiting = loop.create_future()
                     await job.waiting
                 if job.error is not None:
@@ -236,7 +237,7 @@ class AsyncEngine:
             if job.ids and (job.shown or job.begun > 1):
                 job.fail(ApiError(503, f"the engine stopped: {words}"))
             elif job.ids:  # those without are queued
-                job.pieces, job.ids, job.num_answered = [], [], 0
+                job.pieces, job.ids = [], []
                 self._calls.put((self._begin, job))
 
     def _bury(self) -> None:
@@ -356,10 +357,8 @@ class AsyncEngine:
 
     def _deliver(self, updates: list[tuple[Job, Piece]]) -> None:
         for job, piece in updates:
-            job.num_answered += len(piece.token_ids)
-            if job.push is not None and piece.finish_reason is None:
-                job.push(piece)
-            else:
+            push = None if job.pieces or piece.finish_reason is not None else job.push
+            if push is None or not push(piece):
                 job.pieces.append(piece)
                 job.wake()
 

@@ -45,7 +45,7 @@ class Guard:
             return
         headers = dict(scope["headers"])
         id_ = _request_id(headers.get(b"x-request-id", b""))
-        seen: dict[str, Any] = {"id": id_, "status": 499}
+        seen: dict[str, Any] = {"id": id_}
         scope.setdefault("state", {})["log"] = seen
         began = time.perf_counter()
 
@@ -61,7 +61,7 @@ class Guard:
                 body = _Body(receive, self._max_body)
                 await self._app(scope, body.receive, answer)
             except Exception as error:
-                if seen["status"] != 499:  # an answer has begun
+                if "status" in seen:  # an answer has begun
                     raise
                 if not isinstance(error, ApiError):
                     log.exception("a request failed")
@@ -69,7 +69,7 @@ class Guard:
                 refusal = JSONResponse(error_body(error), error.status_code, error.headers)
                 await refusal(scope, receive, answer)
         finally:
-            seen |= {"method": scope["method"], "path": scope["path"]}
+            seen |= {"method": scope["method"], "path": scope["path"], "status": seen.get("status", 499)}
             seen["ms"] = round((time.perf_counter() - began) * 1e3, 1)
             access.info(json.dumps(seen, ensure_ascii=True))
 
