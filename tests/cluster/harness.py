@@ -99,10 +99,11 @@ def tokens(cluster: Cluster, first: int, last: int) -> list[int]:
 def children() -> list[psutil.Process]:
     """This process's ranks, in rank order."""
     mine = psutil.Process().children()
-    return [p for p in mine if "weaveinf.cluster.rank" in _cmdline(p)]
+    return [p for p in mine if "weaveinf.cluster.rank" in cmdline(p)]
 
 
-def _cmdline(process: psutil.Process) -> list[str]:
+def cmdline(process: psutil.Process) -> list[str]:
+    """Of a process; nothing of one that has ended."""
     try:
         return process.cmdline()
     except psutil.Error:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import weaveinf
-from tests.cluster.harness import config, eventually, make_model, tokens
+from tests.cluster.harness import cmdline, config, eventually, make_model, tokens
 from tests.models.harness import make_checkpoint
 from tests.ray_cluster import ray_cluster
 from weaveinf import LLM, SamplingParams
@@ -43,12 +43,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def actor_processes() -> list[psutil.Process]:
-    mine = psutil.Process().children(recursive=True)
-    return [
-        p
-        for p in mine
-        if p.status() != psutil.STATUS_ZOMBIE and "ray::_Actor" in p.name() + "".join(p.cmdline())
-    ]
+    return [p for p in psutil.Process().children(recursive=True) if "ray::_Actor" in "".join(cmdline(p))]
 
 
 def groups() -> list[dict[str, Any]]:
@@ -118,7 +113,7 @@ def test_a_node_is_filled_first_and_the_store_is_private(model: Path) -> None:
     listening = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
     assert [a.ip for a in listening if a.port == store.port] == [ray.util.get_node_ip_address()]  # type: ignore[union-attr]
     cluster.close()
-    assert not [p for p in actor_processes() if "run" in "".join(p.cmdline())]
+    assert not [p for p in actor_processes() if "run" in "".join(cmdline(p))]
 
 
 @pytest.mark.parametrize(
