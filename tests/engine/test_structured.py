@@ -117,11 +117,11 @@ def on_ranks(ranks: Ranks, path: str, use: Callable[..., Any], shared: Grammars 
     """On rank 0 `use(fresh)`; its engines share grammars, whose processes take time to start."""
 
     def sharing(fresh: Callable[..., Engine]) -> Any:
-        grammars = shared or fresh()._grammars
+        grammars = shared or fresh().grammars
 
         def also(**settings: Any) -> Engine:
             engine = fresh(**settings)
-            engine._grammars = grammars
+            engine.grammars = grammars
             return engine
 
         try:
@@ -163,7 +163,7 @@ def follow(constraint: Constraint, token: int) -> None:
 
 def test_masks_are_what_the_texts_of_all_tokens_say(grammars: Grammars) -> None:
     texts = [TOKENIZER.decode([i]) for i in range(4096)]
-    one = grammars.compile('{"enum": ["red", "reddish", 12]}').begin(1, ignore_eos=False)
+    one = grammars.compile('{"enum": ["red", "reddish", 12]}').begin(ignore_eos=False)
     for so_far in ("", '"', '"re', '"red'):
         if so_far:
             follow(one, texts.index(so_far[-2:] if so_far == '"re' else so_far[-1:]))
@@ -179,7 +179,7 @@ def test_the_end_is_allowed_where_the_answer_is_complete(grammars: Grammars) -> 
     digits = {TOKENIZER.encode(str(i)).ids[0] for i in range(10)}
     grammar = grammars.compile('{"type": "integer", "minimum": 0}')
     for ignore_eos in (False, True):
-        one = grammar.begin(10 + ignore_eos, ignore_eos)
+        one = grammar.begin(ignore_eos)
         assert allowed(one) >= digits and 0 not in allowed(one)
         follow(one, max(digits))
         assert allowed(one) == digits | (set() if ignore_eos else {0})
@@ -189,7 +189,7 @@ def test_the_end_is_allowed_where_the_answer_is_complete(grammars: Grammars) -> 
 
 def test_no_special_token_and_no_control_character_is_ever_allowed(grammars: Grammars) -> None:
     quote = TOKENIZER.encode('"').ids[0]
-    one = grammars.compile('{"type": "string", "maxLength": 30}').begin(20, ignore_eos=False)
+    one = grammars.compile('{"type": "string", "maxLength": 30}').begin(ignore_eos=False)
     follow(one, quote)
     assert one.mask is not None and len(allowed(one)) > 3000
     assert not allowed(one) & {0, 1, 2, 3, *range(4096, 64 * len(one.mask))}
@@ -246,19 +246,21 @@ def test_schemas_beyond_the_limit_push_out_those_not_in_use(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(structured, "MAX_GRAMMARS", 3)
-    grammars._known.clear()
-    held = grammars.compile('{"const": 0}').begin(0, ignore_eos=False)
+    grammars._kept.clear()
+    held = grammars.compile('{"const": 0}').begin(ignore_eos=False)
     children = psutil.Process().children(recursive=True)
     for i in range(1, 8):
         grammars.compile(json.dumps({"const": i}))
-    assert len(grammars._known) == 3 and grammars.compile('{"const": 0}') is held.grammar
+    assert len(grammars._alive) == 3 and grammars.compile('{"const": 0}') is held.grammar
     psutil.wait_procs(gone := psutil.Process().children(recursive=True), timeout=1)
     assert sum(process.is_running() for process in gone) <= len(children) + 2
-    for schema in [*grammars._known]:
-        grammars.compile(schema).begin(1, ignore_eos=False)
-    with pytest.raises(ValueError, match="in use"):
+    followed = [grammars.compile(schema).begin(ignore_eos=False) for schema in [*grammars._kept]]
+    with pytest.raises(structured.Busy, match="in use"):
         grammars.compile('{"const": 9}')
-    grammars._known.clear()
+    assert [*grammars._kept.values()] == [one.grammar for one in followed]  # those in use stay known
+    del followed, held
+    assert grammars.compile('{"const": 9}') and len(grammars._alive) == 3
+    grammars._kept.clear()
 
 
 # Answers
@@ -395,8 +397,8 @@ def kill(fresh: Callable[..., Engine]) -> None:
         (mine,) = engine.add(PROMPT, under(SCHEMAS["nested"]))
         for _ in range(5):
             engine.step()
-        assert engine._grammars._parent is not None
-        parent = psutil.Process(engine._grammars._parent.pid)
+        assert engine.grammars._parent is not None
+        parent = psutil.Process(engine.grammars._parent.pid)
         for process in [*parent.children()] if whom else [parent, *parent.children()]:
             process.kill()
         psutil.wait_procs([parent] if not whom else [], timeout=5)

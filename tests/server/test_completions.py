@@ -214,3 +214,50 @@ def test_a_streams_first_tokens_wait_for_no_acknowledgement() -> None:
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_prompt_that_is_only_scored(server: Server) -> None:
+    """The token that is sampled for it is neither shown nor counted, nor what ended it."""
+    asked = {"prompt": "The class", "max_tokens": 0, "echo": True, "logprobs": 0, "logit_bias": {"0": 100}}
+    for found in (server.complete(**asked), events(server.post("/v1/completions", **asked, **USAGE))[-2]):
+        assert found["usage"]["completion_tokens"] == 0
+        assert all(choice["finish_reason"] == "length" for choice in found["choices"])
+    assert server.complete(**asked)["choices"][0]["text"] == "The class"
+
+
+USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("max_tokens", [0, 8])
+def test_offsets_point_into_the_text(server: Server, max_tokens: int) -> None:
+    """Also where characters take several tokens, and where special tokens are shown, or not."""
+    asked = {"max_tokens": max_tokens, "echo": True, "logprobs": 0, "ignore_eos": True, "temperature": 1}
+    for prompt in (
+        "Die Größe – “naïve” 日本語 🎉 ist",
+        "<|user|>\nhi<|end|>",
+        [1, 202, 593, 3],
+        "plain words",
+    ):
+        (choice,) = server.complete(prompt, **asked, seed=3)["choices"]
+        text, found = choice["text"], choice["logprobs"]
+        assert isinstance(prompt, list) or text.startswith(prompt)
+        offsets = [*found["text_offset"], len(text)]
+        assert offsets == sorted(offsets) and offsets[0] == 0
+        for token, start, end in zip(found["tokens"], offsets, offsets[1:], strict=False):
+            if "\N{REPLACEMENT CHARACTER}" not in token:
+                assert text[start:end] in (token, "")
+
+
+def test_stop_strings_wait_for_min_tokens(server: Server) -> None:
+    asked = {"prompt": "The class", "max_tokens": 30, "seed": 1, "temperature": 0, "return_token_ids": True}
+    (free,) = server.complete(**asked, ignore_eos=True)["choices"]
+    letter = free["text"].strip()[0]
+    (held,) = server.complete(**asked, ignore_eos=True, min_tokens=20, stop=[letter])["choices"]
+    assert held["token_ids"] == free["token_ids"][: len(held["token_ids"])] and len(held["token_ids"]) >= 20
+    assert letter in held["text"]
+
+
+def test_the_model_alone(server: Server) -> None:
+    one = server.client.get(f"/v1/models/{MODEL}")
+    assert one.json() == server.client.get("/v1/models").json()["data"][0]
+    assert server.client.get("/v1/models/org/other").status_code == 404

@@ -95,6 +95,17 @@ def test_a_stream_that_was_begun_ends_with_an_error(breakable: Server) -> None:
     rebuilt(breakable, time.monotonic())
 
 
+def test_a_rank_is_killed_while_ranks_are_started_anew(breakable: Server) -> None:
+    restarts = breakable.metric("weaveinf_engine_restarts_total")
+    (first,) = breakable.ranks()
+    first.kill()
+    until(lambda: any(rank.pid != first.pid for rank in breakable.ranks()))
+    for rank in breakable.ranks():
+        rank.kill()
+    rebuilt(breakable, time.monotonic())
+    assert breakable.metric("weaveinf_engine_restarts_total") == restarts + 2
+
+
 @pytest.mark.slow
 def test_a_rank_hangs(breakable: Server) -> None:
     """Noticed by its silence, and treated as dead."""

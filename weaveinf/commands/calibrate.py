@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer to read a text with")
     most = min(args.tokens, ModelConfig.from_path(path).max_model_len)
-    tokens = tokenizer.encode(Path(args.text).read_text()[: 8 * most])[:most]
+    tokens = tokenizer.encode(Path(args.text).read_text()[: 8 * most], 8 * most)[:most]
     found = torch.stack(calibrate(args.model, tokens, Path(args.out)))
     best = found.sort(dim=-1, descending=True).values[1:, :, : max(1, found.shape[-1] // 4)]
     print(f"{args.out}: ranked {found.shape[-1]} planes of each head on {len(tokens)} tokens")

@@ -26,8 +26,9 @@ class TextStream:
         self._held = ""
         self.text = ""
 
-    def add(self, token_id: int) -> str | None:
-        """Takes the next token; returns the stop string that it completes (`text` ends before it)."""
+    def add(self, token_id: int, may_stop: bool = True) -> str | None:
+        """Takes the next token; returns the stop string that it completes (`text` ends before it). With
+        `may_stop` False it completes none."""
         self._undecoded.append(token_id)
         try:
             chunk = self._stream.step(self._tokenizer, token_id)
@@ -39,7 +40,7 @@ class TextStream:
         if chunk is None:
             return None
         self._undecoded.clear()
-        return self._show(chunk)
+        return self._show(chunk, may_stop)
 
     def end(self) -> None:
         """No token follows: shows what was held back, broken characters as U+FFFD."""
@@ -48,9 +49,9 @@ class TextStream:
         self.text += self._held
         self._held = ""
 
-    def _show(self, chunk: str) -> str | None:
+    def _show(self, chunk: str, may_stop: bool) -> str | None:
         self._held += chunk
-        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if may_stop and (at := self._held.find(stop)) >= 0]
         if found:
             at, stop = min(found)
             self.text += self._held[:at]

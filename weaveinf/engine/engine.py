@@ -67,7 +67,7 @@ class Engine:
             **self._selecting(worker.selector),
         )
         self._path = worker.path
-        self._grammars = Grammars(worker.path, self.model_config.vocab_size, self.model_config.eos_token_ids)
+        self.grammars = Grammars(worker.path, self.model_config.vocab_size, self.model_config.eos_token_ids)
         self._ids = count()
         self._seeds = count()
         self._sequences: dict[int, _Sequence] = {}
@@ -96,20 +96,18 @@ class Engine:
         """Loaded when first needed; None when the model has none and takes token ids only."""
         return load_tokenizer(self._path)
 
-    @cached_property
-    def longest_token(self) -> int:
-        """Characters of the vocabulary's longest token."""
-        return max(map(len, self._required_tokenizer().backend.get_vocab()))
-
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt. `ValueError` where the model has no tokenizer."""
-        return self._required_tokenizer().encode(text)
+        """Token ids of a prompt. `ValueError` where the model has no tokenizer, or no room for it."""
+        return self._required_tokenizer().encode(text, self.model_config.max_model_len)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
-        return self._required_tokenizer().render_chat(messages, tools)
+        tokenizer = self._required_tokenizer()
+        text = tokenizer.render_chat(messages, tools)
+        # The template writes the special tokens itself.
+        return tokenizer.encode(text, self.model_config.max_model_len, special=False)
 
     def _required_tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:
@@ -120,10 +118,10 @@ class Engine:
         """The grammar of a JSON schema. Any thread may call it; it takes seconds where it has to start.
 
         Raises:
-            ValueError: naming json_schema, when there can be none.
+            ValueError: naming json_schema, when there can be none; Busy when there may be one later.
         """
         self._required_tokenizer()
-        return self._grammars.compile(json_schema)
+        return self.grammars.compile(json_schema)
 
     def add(
         self,
@@ -132,12 +130,13 @@ class Engine:
         salt: bytes = b"",
         priority: int = 0,
         seed: int | None = None,
+        grammar: Grammar | None = None,
     ) -> list[int]:
         """Queues a prompt; returns the ids of its `params.n` sequences.
 
-        A schema that was not compiled lately (`compile`) is now. salt: prefix pages are shared with prompts
-        of the same salt only. priority: lower comes first. seed: where `params` names none; None: the
-        engine's next one.
+        salt: prefix pages are shared with prompts of the same salt only. priority: lower comes first. seed:
+        where `params` names none; None: the engine's next one. grammar: of `params.json_schema`; None: it is
+        compiled now.
 
         Raises:
             ValueError: when it can never be served; nothing is queued then.
@@ -159,11 +158,12 @@ class Engine:
         ids = [next(self._ids) for _ in range(params.n)]
         requests = make_requests(ids[0], prompt_token_ids, params, vocab_size, fallback, salt, priority)
         streams = [self._stream(request) for request in requests]
-        grammar = None if params.json_schema is None else self.compile(params.json_schema)
+        if grammar is None and params.json_schema is not None:
+            grammar = self.compile(params.json_schema)
         for request, stream in zip(requests, streams, strict=True):
             self.scheduler.add(request)
             if grammar is not None:
-                request.constraint = grammar.begin(request.id, params.ignore_eos)
+                request.constraint = grammar.begin(params.ignore_eos)
             self._sequences[request.id] = _Sequence(request, stream)
         return ids
 
@@ -207,7 +207,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the ranks; may be called again."""
-        self._grammars.close()
+        self.grammars.close()
         self.executor.close()
 
     def _stream(self, request: Request) -> TextStream | None:
@@ -228,7 +228,8 @@ class Engine:
             # A token that itself ended the request is not text.
             if finished and token in request.stop_ids and at == len(tokens) - 1:
                 continue
-            if stop := stream.add(token):
+            num_output = len(request.output_token_ids) - len(tokens) + at + 1
+            if stop := stream.add(token, num_output >= request.params.min_tokens):
                 self.scheduler.finish(request, "stop", stop)
                 # A limit may have ended it with the token that completes the string.
                 request.finish_reason, request.stop_reason = "stop", stop

@@ -159,7 +159,7 @@ class Scheduler:
         else:
             return
         if request.constraint is not None:
-            request.constraint.grammar.drop(request.id)
+            request.constraint.grammar.drop(request.constraint)
         request.status = "finished"
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.id]

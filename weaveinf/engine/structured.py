@@ -15,7 +15,9 @@ import threading
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,21 +51,26 @@ def words_of(vocab_size: int) -> int:
     return -(-vocab_size // 64)
 
 
+class Busy(ValueError):
+    """As many schemas as there may be are followed just now."""
+
+
 class Grammar:
-    """A compiled schema, and the process that follows its answers. Used by the engine's thread alone.
+    """A compiled schema, and the process that follows its answers, which ends with it.
+
+    Used by the engine's thread alone, and by any engine of the same model.
 
     Attributes:
-        users: sequences that follow it now.
         late: answers are due that were waited for in vain.
         dead: its process is gone.
     """
 
     def __init__(self, process: socket.socket, first: bytes, eos_token_ids: list[int]) -> None:
-        self.users = 0
         self.late = self.dead = False
         self._process = process
         self._first: Mask = np.frombuffer(first, np.int64)
         self._eos = eos_token_ids
+        self._sequences = count()
         self._unsent: list[int] = []
         self._asked: dict[int, Constraint] = {}
         self._since = 0.0
@@ -71,12 +78,13 @@ class Grammar:
     def __del__(self) -> None:
         self._process.close()
 
-    def begin(self, sequence: int, ignore_eos: bool) -> Constraint:
+    def begin(self, ignore_eos: bool) -> Constraint:
         """What holds a new sequence to it. With `ignore_eos` that ends only where nothing else can follow."""
         kept = np.ones(64 * len(self._first), np.bool_)
         kept[self._eos if ignore_eos else []] = False
-        self.users += 1
-        return Constraint(self, sequence, self._first, np.packbits(kept, bitorder="little").view(np.int64))
+        return Constraint(
+            self, next(self._sequences), self._first, np.packbits(kept, bitorder="little").view(np.int64)
+        )
 
     def ask(self, constraint: Constraint, token: int) -> None:
         """Asks for the mask behind this token of the sequence; `read` brings it."""
@@ -85,11 +93,10 @@ class Grammar:
         self._asked[constraint.sequence] = constraint
         self._unsent += (constraint.sequence, token)
 
-    def drop(self, sequence: int) -> None:
-        """A sequence is over."""
-        self.users -= 1
-        self._asked.pop(sequence, None)
-        self._unsent += (sequence, -1)
+    def drop(self, constraint: Constraint) -> None:
+        """Its sequence is over."""
+        self._asked.pop(constraint.sequence, None)
+        self._unsent += (constraint.sequence, -1)
         self._send()
 
     def read(self, seconds: float) -> None:
@@ -165,7 +172,8 @@ class Grammars:
         self._words = words_of(vocab_size)
         self._eos = [token for token in eos_token_ids if token < vocab_size]
         self._about = [str(path.resolve()), str(vocab_size), *map(str, self._eos)]
-        self._known: dict[str, Grammar] = {}  # used last comes last
+        self._alive = WeakValueDictionary[str, Grammar]()
+        self._kept: dict[str, Grammar] = {}  # though nobody follows them; used last comes last
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
         self._parent: subprocess.Popen[bytes] | None = None
@@ -175,41 +183,47 @@ class Grammars:
         """The grammar of a JSON schema. One at a time is compiled, with COMPILE_S of processor time.
 
         Raises:
-            ValueError: naming json_schema, and why there is no grammar.
+            ValueError: naming json_schema, and why there is no grammar; Busy where there may be one later.
         """
         if find_spec("xgrammar") is None:
             raise ValueError("json_schema needs xgrammar: pip install weaveinf[structured]")
         text = schema.encode(errors="surrogatepass")
         if not 0 < len(text) <= MAX_SCHEMA:
             raise ValueError(f"json_schema: it has {len(text)} bytes, 1 to {MAX_SCHEMA} are allowed")
-        grammar = self._find(schema)
+        grammar = self.find(schema)
         if grammar is None:
             with self._compiling:
-                grammar = self._find(schema) or self._compile(schema, text)
+                grammar = self.find(schema) or self._compile(schema, text)
         return grammar
+
+    def find(self, schema: str) -> Grammar | None:
+        """The grammar of a schema that was compiled lately. Never waits."""
+        with self._lock:
+            self._kept.pop(schema, None)
+            if (grammar := self._alive.get(schema)) is None or grammar.dead:
+                return None
+            self._kept[schema] = grammar
+            return grammar
 
     def close(self) -> None:
         """Ends all processes; may be called again."""
         with self._lock:
-            self._known = {}
+            self._kept = {}
         if self._parent is not None and self._control is not None:
             self._control.close()
             self._parent.kill()
             self._parent.wait()
 
-    def _find(self, schema: str) -> Grammar | None:
-        with self._lock:
-            grammar = self._known.pop(schema, None)
-            if grammar is not None and not grammar.dead:
-                self._known[schema] = grammar
-                return grammar
-        return None
-
     def _compile(self, schema: str, text: bytes) -> Grammar:
         with self._lock:
-            idle = (known for known, grammar in self._known.items() if not grammar.users)
-            if len(self._known) >= MAX_GRAMMARS and self._known.pop(next(idle, ""), None) is None:
-                raise ValueError(f"json_schema: {MAX_GRAMMARS} others are in use; try again later")
+            for known in [*self._kept]:
+                if len(self._alive) < MAX_GRAMMARS:
+                    break
+                del self._kept[known]  # which ends it, unless it is followed
+                if (followed := self._alive.get(known)) is not None:
+                    self._kept[known] = followed
+            if len(self._alive) >= MAX_GRAMMARS:
+                raise Busy(f"json_schema: {MAX_GRAMMARS} others are in use; try again later")
         process, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process.settimeout(ANSWER_S)
         try:
@@ -226,7 +240,7 @@ class Grammars:
             raise ValueError(f"json_schema: {reason}")
         grammar = Grammar(process, answer[16:], self._eos)
         with self._lock:
-            self._known[schema] = grammar
+            self._alive[schema] = self._kept[schema] = grammar
         return grammar
 
     def _running(self) -> socket.socket:

@@ -37,17 +37,27 @@ class TextTokenizer:
             raise ValueError(f"the tokenizer in {path} has no tokenizer.json; convert it first")
         self._tokenizer = loaded
         self.backend: Tokenizer = loaded.backend_tokenizer
+        added = self.backend.get_added_tokens_decoder()
+        self._added = {id_: token.content.encode() for id_, token in added.items()}
+        self._byte_level = "ByteLevel" in repr(self.backend.decoder)
+        self.special_ids = {id_ for id_, token in added.items() if token.special}
+        """Of tokens that are not shown."""
+        self._longest = max(map(len, self.backend.get_vocab()))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with what the tokenizer puts before a text (such as a BOS token)."""
-        return list(self._tokenizer.encode(text))
+    def encode(self, text: str, max_tokens: int, special: bool = True) -> list[int]:
+        """Token ids, with what the tokenizer puts before a text (such as a BOS token) unless `special` is
+        False. ValueError for a text that cannot fit, however well it is cut; it is not cut at all then.
+        """
+        if len(text) > max_tokens * self._longest:
+            raise ValueError(f"prompt has {len(text)} characters, too many for this model's context")
+        return list(self._tokenizer.encode(text, add_special_tokens=special))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, also where it is not a whole character."""
-        if token_id in self.backend.get_added_tokens_decoder():
-            return (self.backend.id_to_token(token_id) or "").encode()
+        if (added := self._added.get(token_id)) is not None:
+            return added
         piece = self.backend.id_to_token(token_id) or ""
-        if "ByteLevel" in repr(self.backend.decoder):
+        if self._byte_level:
             return bytes(_BYTES[char] for char in piece if char in _BYTES)
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
@@ -55,8 +65,8 @@ class TextTokenizer:
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[int]:
-        """Token ids of a conversation up to where the assistant begins to answer; tools: JSON schemas of the
+    ) -> str:
+        """A conversation up to where the assistant begins to answer; tools: JSON schemas of the
         functions that it may call, as the template takes them.
 
         Raises:
@@ -65,16 +75,15 @@ class TextTokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError("this model has no chat template: use generate with a plain prompt")
         try:
-            text = self._tokenizer.apply_chat_template(
+            found = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 tokenize=False,
                 add_generation_prompt=True,
             )
+            return str(found)
         except Exception as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
-        # The template writes the special tokens itself.
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 def load_tokenizer(path: Path) -> TextTokenizer | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from weaveinf.engine.request import TokenLogprob
@@ -51,10 +51,12 @@ class Spelling:
 
         return {"content": [*map(among, entries)]}
 
-    def completion(self, ids: Sequence[int], entries: Sequence[TokenLogprob | None], at: int) -> Object:
-        """Of `/v1/completions`; `at`: where in the text they begin. None: nothing predicts the token."""
+    def completion(
+        self, ids: Sequence[int], entries: Sequence[TokenLogprob | None], place: Place, echoed: str
+    ) -> Object:
+        """Of `/v1/completions`; `echoed`: what the text begins with. None: nothing predicts the token."""
         tokens = [self.text(token) for token in ids]
-        offsets = [*accumulate(map(len, tokens), initial=at)][:-1]
+        offsets = [place.of(self._bytes(token), self._is_shown(token, place.at, echoed)) for token in ids]
         best = [
             entry
             and dict(zip(map(self.text, entry.top_ids), entry.top_logprobs, strict=True))
@@ -68,11 +70,33 @@ class Spelling:
             "text_offset": offsets,
         }
 
+    def _is_shown(self, token: int, at: int, echoed: str) -> bool:
+        """Special tokens are where the client wrote them."""
+        special = self._tokenizer is not None and token in self._tokenizer.special_ids
+        return not special or echoed.startswith(self.text(token), at)
+
     def text(self, token: int) -> str:
         return self._bytes(token).decode(errors="replace")
 
     def _bytes(self, token: int) -> bytes:
         return str(token).encode() if self._tokenizer is None else self._tokenizer.token_bytes(token)
+
+
+class Place:
+    """Where in a text its tokens begin, in characters; one that goes on with a character begins behind those
+    that are whole.
+
+    `at`: the next one.
+    """
+
+    def __init__(self) -> None:
+        self.at = 0
+        self._decode = getincrementaldecoder("utf-8")("replace").decode
+
+    def of(self, spelt: bytes, is_shown: bool) -> int:
+        at = self.at
+        self.at += len(self._decode(spelt)) if is_shown else 0
+        return at
 
 
 class CompletionAnswer:
@@ -87,7 +111,7 @@ class CompletionAnswer:
         self.job = job
         self._texts = texts
         self._spelling = Spelling(tokenizer)
-        self._shown: dict[int, int] = {}  # characters, by choice
+        self._places: dict[int, Place] = {}  # by choice
         self._late: dict[int, list[Piece]] = {}  # pieces that came before the prompt's log-probabilities
 
     def choices(self, piece: Piece) -> list[Object]:
@@ -103,19 +127,19 @@ class CompletionAnswer:
     def _choice(self, piece: Piece) -> Object:
         request, prompt = self.request, piece.sample // self.job.params.n
         text, ids, entries = piece.text, piece.token_ids, list[TokenLogprob | None](piece.logprobs)
+        reason, echoed = finish_reason(piece), ""
         if request.max_tokens == 0:
-            text, ids, entries = "", [], []
-        first = piece.sample not in self._shown
-        at = self._shown.get(piece.sample, 0)
+            text, ids, entries, reason = "", [], [], reason and "length"
+        self.job.num_answered += len(ids)
+        first = piece.sample not in self._places
+        place = self._places.setdefault(piece.sample, Place())
         if request.echo and first:
-            text, ids = self._texts[prompt] + text, self.job.prompts[prompt] + ids
+            echoed, ids = self._texts[prompt], self.job.prompts[prompt] + ids
             entries = self.job.prompt_logprobs.get(prompt, []) + entries
-        choice: Object = {"index": piece.sample, "text": text, "logprobs": None}
+        choice: Object = {"index": piece.sample, "text": echoed + text, "logprobs": None}
         if request.logprobs is not None:
-            choice["logprobs"] = found = self._spelling.completion(ids, entries, at)
-            at += sum(map(len, found["tokens"]))
-        self._shown[piece.sample] = at
-        choice |= {"finish_reason": finish_reason(piece), "stop_reason": piece.stop_reason}
+            choice["logprobs"] = self._spelling.completion(ids, entries, place, echoed)
+        choice |= {"finish_reason": reason, "stop_reason": piece.stop_reason}
         return choice | (_ids(self.job, piece.sample, ids, first) if request.return_token_ids else {})
 
 
@@ -135,6 +159,7 @@ class ChatAnswer:
 
     def choices(self, piece: Piece) -> list[Object]:
         """What a piece has to show: the whole message, or what a chunk adds to it."""
+        self.job.num_answered += len(piece.token_ids)
         first = piece.sample not in self._readers
         reader = self._readers.setdefault(
             piece.sample, ToolReader(self._tools, self.request.parallel_tool_calls)

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from weaveinf import __version__
 from weaveinf.engine.request import SamplingParams
+from weaveinf.engine.structured import Busy, Grammar
 from weaveinf.engine.tokenizer import TextTokenizer
 from weaveinf.server import tools
 from weaveinf.server.answers import Answer, ChatAnswer, CompletionAnswer, Object, head, usage
@@ -48,6 +49,8 @@ LATE_S = 60.0
 """So long after a request's deadline its client may take to read the answer."""
 TEXT_THREADS = 2
 """Threads that turn text into tokens, so that the event loop never does."""
+MAX_COMPILING = 16
+"""Requests whose schemas wait to be compiled, one after another."""
 
 
 def make_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
@@ -71,6 +74,8 @@ class _Routes:
         self._config = config
         self._model = config.served_model_name or engine.config.model
         self._threads = ThreadPoolExecutor(TEXT_THREADS, "text")
+        self._compiler = ThreadPoolExecutor(1, "schemas")
+        self._num_compiling = 0
         engine.metrics.registry.register(EngineCollector(engine, self._model))
 
     def add_to(self, app: FastAPI) -> None:
@@ -80,6 +85,7 @@ class _Routes:
         app.post("/tokenize")(self.tokenize)
         app.post("/detokenize")(self.detokenize)
         app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.model)
         app.get("/health")(self.health)
         app.get("/ready")(self.ready)
         app.get("/version")(self.version)
@@ -90,26 +96,32 @@ class _Routes:
     # Completions
 
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
+        return await self._reply(http, body, self._completion(body))
+
+    async def chat(self, body: ChatRequest, http: Request) -> Response:
+        return await self._reply(http, body, self._chat(body))
+
+    async def _completion(self, body: CompletionRequest) -> Answer:
         tokenizer = self._tokenizer(body.model)
         prompts, texts = [one for one in body.prompts() if not isinstance(one, str)], list[str]()
         if body.echo or not prompts:
             prompts, texts = await self._text(self._prompts, body, tokenizer)
-        job = self._job(body, prompts, body.params())
-        return await self._reply(http, body, job, CompletionAnswer(body, job, texts, tokenizer))
+        return CompletionAnswer(body, self._job(body, prompts, body.params()), texts, tokenizer)
 
-    async def chat(self, body: ChatRequest, http: Request) -> Response:
+    async def _chat(self, body: ChatRequest) -> Answer:
         tokenizer = self._tokenizer(body.model)
         offered = tools.offered(body)
         params = body.params(tools.required(body, offered))
-        if params.json_schema is not None:
-            try:  # now, and in a thread that text does not need
-                await asyncio.to_thread(self._engine.engine.compile, params.json_schema)
-            except ValueError as error:
-                field = "tools" if body.response_format is None else "response_format"
-                raise ApiError(400, str(error), field) from None
         prompt = await self._text(self._render, body, offered)
         job = self._job(body, [prompt], params)
-        return await self._reply(http, body, job, ChatAnswer(body, job, offered, tokenizer))
+        if params.json_schema is not None:
+            try:
+                job.grammar = await self._grammar(params.json_schema)
+            except ValueError as error:
+                field = "tools" if body.response_format is None else "response_format"
+                again = 1 if isinstance(error, Busy) else None
+                raise ApiError(429 if again else 400, str(error), field, again) from None
+        return ChatAnswer(body, job, offered, tokenizer)
 
     def _tokenizer(self, model: str | None) -> TextTokenizer | None:
         """Of the model, which must be the one that is served. ApiError (503) while there is none."""
@@ -120,29 +132,35 @@ class _Routes:
     async def _text(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
+    async def _grammar(self, schema: str) -> Grammar:
+        """In a thread that text does not need, unless it is known; never, if given up while it waits."""
+        if (known := self._engine.engine.grammars.find(schema)) is not None:
+            return known
+        if self._num_compiling == MAX_COMPILING:
+            raise Busy(f"json_schema: {MAX_COMPILING} others wait to be compiled; try again later")
+        self._num_compiling += 1
+        try:
+            loop, compile = asyncio.get_running_loop(), self._engine.engine.compile
+            return await loop.run_in_executor(self._compiler, compile, schema)
+        finally:
+            self._num_compiling -= 1
+
     def _prompts(
         self, body: CompletionRequest, tokenizer: TextTokenizer | None
     ) -> tuple[list[list[int]], list[str]]:
         """Token ids of every prompt, and their texts where these are echoed."""
         prompts = body.prompts()
-        ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        encode = self._engine.engine.encode
+        ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         if not body.echo:
             return ids, []
         self._check("prompt", [token for prompt in ids for token in prompt])
-        spelt = tokenizer.backend.decode if tokenizer is not None else lambda _: ""
-        return ids, [one if isinstance(one, str) else spelt(one) for one in prompts]
+        return ids, [one if isinstance(one, str) else _spelt(tokenizer, one) for one in prompts]
 
     def _check(self, field: str, ids: Sequence[int]) -> None:
         size = self._engine.engine.model_config.vocab_size
         if any(not 0 <= id_ < size for id_ in ids):
             raise ValueError(f"{field} holds a token id outside 0 to {size - 1}")
-
-    def _encode(self, text: str) -> list[int]:
-        engine = self._engine.engine
-        # A text that cannot fit, however well it is cut into tokens, is not cut at all.
-        if len(text) > engine.model_config.max_model_len * engine.longest_token:
-            raise ValueError(f"prompt has {len(text)} characters, too many for this model's context")
-        return engine.encode(text)
 
     def _render(self, body: ChatRequest, offered: Sequence[tools.Tool]) -> list[int]:
         given = [tool.model_dump(exclude_none=True) for tool in offered] or None
@@ -155,13 +173,20 @@ class _Routes:
             elif params.max_tokens > most:
                 raise ValueError(f"max_tokens must be at most {most} on this server")
         salt = (body.cache_salt or "").encode()
-        timeout_s = self._config.timeout_s if body.timeout is None else body.timeout
-        return Job(prompts, params, body.stream, salt, body.priority, timeout_s)
+        return Job(prompts, params, body.stream, salt, body.priority, self._timeout_s(body))
 
-    async def _reply(self, http: Request, body: Sampling, job: Job, answer: Answer) -> Response:
-        if body.stream_options is not None and not body.stream:
-            raise ValueError("stream_options needs stream=true")
-        top = head(answer.names, self._model, body.stream)
+    def _timeout_s(self, body: Sampling) -> float:
+        return min(self._config.timeout_s, body.timeout or self._config.timeout_s)
+
+    async def _reply(self, http: Request, body: Sampling, preparing: Coroutine[Any, Any, Answer]) -> Response:
+        try:
+            async with asyncio.timeout(self._timeout_s(body)):
+                answer = await _unless_gone(http.receive, preparing)
+        except _Gone:
+            return Response(status_code=499)
+        except TimeoutError:
+            raise ApiError(504, "the request's time is up before it was begun") from None
+        job, top = answer.job, head(answer.names, self._model, body.stream)
         seen = http.state.log
         seen |= {"answer": top["id"], "prompts": len(job.prompts), "output_tokens": 0}
         seen["prompt_tokens"] = sum(map(len, job.prompts))
@@ -175,10 +200,16 @@ class _Routes:
         if body.stream:
             return _Stream(top, answer, first, pieces)
         await pieces.aclose()
-        seen["output_tokens"] = job.num_answered = sum(len(piece.token_ids) for piece in first)
-        found = sorted(first, key=lambda piece: piece.sample)
-        choices = [choice for piece in found for choice in answer.choices(piece)]
-        return JSONResponse(top | {"choices": choices, "usage": usage(job)})
+
+        def whole() -> Response:
+            found = sorted(first, key=lambda piece: piece.sample)
+            choices = [choice for piece in found for choice in answer.choices(piece)]
+            return JSONResponse(top | {"choices": choices, "usage": usage(job)})
+
+        # Log-probabilities may be megabytes of text.
+        reply = whole() if job.params.logprobs is None else await self._text(whole)
+        seen["output_tokens"] = job.num_answered
+        return reply
 
     # The other routes
 
@@ -187,7 +218,7 @@ class _Routes:
         if (body.prompt is None) == (body.messages is None):
             raise ValueError("give either prompt or messages")
         if body.prompt is not None:
-            ids = await self._text(self._encode, body.prompt)
+            ids = await self._text(self._engine.engine.encode, body.prompt)
         else:
             ids = await self._text(self._render, body, body.tools or [])
         most = self._engine.engine.model_config.max_model_len
@@ -197,12 +228,16 @@ class _Routes:
         if (tokenizer := self._tokenizer(body.model)) is None:
             raise ValueError("tokens: this model has no tokenizer")
         self._check("tokens", body.tokens)
-        return {"prompt": await self._text(tokenizer.backend.decode, body.tokens)}
+        return {"prompt": await self._text(_spelt, tokenizer, body.tokens)}
 
     async def models(self) -> Object:
+        return {"object": "list", "data": [await self.model(self._model)]}
+
+    async def model(self, name: str) -> Object:
+        self._tokenizer(name)
         most = self._engine.engine.model_config.max_model_len
         one = {"id": self._model, "object": "model", "created": 0, "owned_by": "weaveinf"}
-        return {"object": "list", "data": [one | {"max_model_len": most}]}
+        return one | {"max_model_len": most}
 
     async def health(self) -> Response:
         silent = self._engine.silent()
@@ -216,7 +251,7 @@ class _Routes:
         return {"version": __version__}
 
     async def metrics(self) -> Response:
-        page = await self._text(generate_latest, self._engine.metrics.registry)
+        page = await asyncio.to_thread(generate_latest, self._engine.metrics.registry)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     async def status(self) -> Object:
@@ -282,16 +317,20 @@ class _Stream(Response):
             await part(b"data: %b\n\n" % pydantic_core.to_json(error_body(error)), more=False)
 
     def _events(self, pieces: list[Piece]) -> bytes:
-        self._job.num_answered += sum(len(piece.token_ids) for piece in pieces)
+        choices = [choice for piece in pieces for choice in self._answer.choices(piece)]
         end = self._end
         if self._options.continuous_usage_stats:
             end = b'],"usage":%b}\n\n' % pydantic_core.to_json(usage(self._job))
-        choices = [choice for piece in pieces for choice in self._answer.choices(piece)]
         return b"".join([self._begin + pydantic_core.to_json(choice) + end for choice in choices])
 
     def _last(self) -> bytes:
         told = pydantic_core.to_json(self._top | {"choices": [], "usage": usage(self._job)})
         return (b"data: %b\n\n" % told if self._options.include_usage else b"") + b"data: [DONE]\n\n"
+
+
+def _spelt(tokenizer: TextTokenizer | None, ids: list[int]) -> str:
+    """The text of a prompt's tokens, special ones too; empty without a tokenizer."""
+    return "" if tokenizer is None else tokenizer.backend.decode(ids, skip_special_tokens=False)
 
 
 class _Gone(Exception):
@@ -348,6 +387,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"][1:]]
     what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+    if not path and "json" not in request.headers.get("content-type", ""):
+        what = "the body must be JSON, with the header Content-Type: application/json"
     message = f"{'.'.join(path)}: {what}" if path else what
     return await _refused(request, ApiError(400, message, path[0] if path else None))
 

@@ -20,6 +20,7 @@ from weaveinf.comm.errors import RankDied
 from weaveinf.config import EngineConfig
 from weaveinf.engine.engine import Engine, Update
 from weaveinf.engine.request import SamplingParams, TokenLogprob, mix_seed
+from weaveinf.engine.structured import Grammar
 from weaveinf.server.config import ServerConfig
 from weaveinf.server.errors import ApiError
 from weaveinf.weave.timeline import Span
@@ -65,6 +66,8 @@ class Job:
     salt: bytes = b""
     priority: int = 0
     timeout_s: float = 600.0
+    grammar: Grammar | None = None
+    """Of `params.json_schema`."""
 
     left: int = 0
     """Samples that have not ended."""
@@ -176,6 +179,8 @@ class AsyncEngine:
         if self.state == "draining":
             raise ApiError(503, "the server is shutting down", retry_after=5)
         limit = self.engine.config.max_num_seqs + self.server.max_waiting
+        if job.num_samples > limit:
+            raise ValueError(f"n: {job.num_samples} sequences are more than the {limit} that may run or wait")
         if self.num_open + job.num_samples > limit:
             self.metrics.rejected.labels("queue_full").inc()
             raise ApiError(429, f"{limit} sequences at most run or wait; come again later", retry_after=1)
@@ -185,7 +190,7 @@ class AsyncEngine:
         self._calls.put((self._begin, job))
         late = ApiError(504, "the request's time is up before its answer was whole")
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(min(job.timeout_s, self.server.timeout_s), job.fail, late)
+        timer = loop.call_later(job.timeout_s, self._give_up, job, late)
         try:
             while job.left:
                 while not job.ready:  # what woke it may be gone again: see `_rescue`
@@ -214,6 +219,13 @@ class AsyncEngine:
         for job in self._jobs:
             job.fail(ApiError(503, "the server has shut down"))
 
+    def _give_up(self, job: Job, error: Exception) -> None:
+        """Ends it at once, however long its client takes to hear of it."""
+        self._jobs.discard(job)
+        job.ended = True
+        job.fail(error)
+        self._calls.put((self._abort, job))
+
     def close(self) -> None:
         """Ends the ranks."""
         self._closing.set()
@@ -235,6 +247,7 @@ class AsyncEngine:
         words = str(error) if isinstance(error, RankDied) else "it has failed"
         for job in sorted(self._jobs, key=lambda job: job.ids):
             if job.ids and (job.shown or job.begun > 1):
+                self.metrics.success.labels("abort").inc(job.left)
                 job.fail(ApiError(503, f"the engine stopped: {words}"))
             elif job.ids:  # those without are queued
                 job.pieces, job.ids = [], []
@@ -248,40 +261,47 @@ class AsyncEngine:
 
     def _live(self) -> None:
         while not self._closing.is_set():
+            engine = None
             try:
-                gc.unfreeze()
-                gc.collect()  # whatever an engine before this one left
-                engine = Engine(launch(self.config))
-                _ = engine.tokenizer  # loaded here, so that no coroutine waits for it
-                engine.trace.on_step = self.metrics.stepped
-                engine.executor.on_sent = self._hand_over
-                self.at_work = engine
-                # What is there stays: to look through it all takes a tenth of a second in some step, and a
-                # sixth of what streaming a token takes.
-                gc.freeze()
-            except BaseException as error:  # SystemExit too: of a torchrun rank that follows
-                self._die(error)
-                return
-            self._say("ready")
-            try:
+                engine = self._start_ranks()
+                self._say("ready")
                 self._serve(engine)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: of a torchrun rank that follows
+                # What cannot start at all is said once, by who waits for it.
+                again = engine is not None or (
+                    self.num_restarts > 0 and isinstance(error, RuntimeError | OSError)
+                )
                 self.at_work = None
-                log.error("the engine has failed: %s", error)
-                with suppress(Exception):
-                    engine.close()
-                if self.num_restarts == self.server.max_restarts or self.state == "draining":
+                if again:
+                    log.error("the engine has failed: %s", error)
+                if engine is not None:
+                    with suppress(Exception):
+                        engine.close()
+                if not again or self.num_restarts == self.server.max_restarts or self.state == "draining":
                     self._die(error)
                     return
-                del engine  # and what the error went through, so that there is room for the next
-                error = error.with_traceback(None)
                 self.num_restarts += 1
                 self._running.clear()
                 self._held.clear()
+                self.metrics.restarted()
                 self._say("restarting")
-                self._tell(self._rescue, error)
+                # Without what the error went through, so that there is room for the next.
+                self._tell(self._rescue, error.with_traceback(None))
         if self.at_work is not None:
             self.at_work.close()
+
+    def _start_ranks(self) -> Engine:
+        gc.unfreeze()
+        gc.collect()  # whatever an engine before this one left
+        engine = Engine(launch(self.config))
+        _ = engine.tokenizer  # loaded here, so that no coroutine waits for it
+        engine.trace.on_step = self.metrics.stepped
+        engine.executor.on_sent = self._hand_over
+        self.at_work = engine
+        # What is there stays: to look through it all takes a tenth of a second in some step, and a sixth of
+        # what streaming a token takes.
+        gc.freeze()
+        return engine
 
     def _say(self, state: str) -> None:
         if self.state != "draining":
@@ -364,11 +384,14 @@ class AsyncEngine:
 
     def _begin(self, engine: Engine, job: Job) -> None:
         if job.ended:  # its client left while it waited here
+            self.metrics.success.labels("abort").inc(job.num_samples)
             return
         job.begun, job.num_cached, job.ids = job.begun + 1, 0, []
         for i, prompt in enumerate(job.prompts):
             try:
-                ids = engine.add(prompt, job.params, job.salt, job.priority, mix_seed(job.seed, i))
+                ids = engine.add(
+                    prompt, job.params, job.salt, job.priority, mix_seed(job.seed, i), job.grammar
+                )
             except Exception as error:  # whatever it is, it is this request's alone
                 self._abort(engine, job)
                 self._tell(job.fail, error)
@@ -377,9 +400,9 @@ class AsyncEngine:
             self._running |= dict.fromkeys(ids, (job, i))
 
     def _abort(self, engine: Engine, job: Job) -> None:
-        for id_ in job.ids:
-            # Another engine than the one it was begun by may have given the number to another job.
-            if self._running.get(id_, (None,))[0] is job:
-                del self._running[id_]
-                self.metrics.aborted(id_)
-                engine.abort(id_)
+        # Another engine than the one it was begun by may have given a number to another job.
+        ids = [id_ for id_ in job.ids if self._running.get(id_, (None,))[0] is job]
+        self.metrics.aborted(ids)
+        for id_ in ids:
+            del self._running[id_]
+            engine.abort(id_)

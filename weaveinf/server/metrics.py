@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -98,10 +98,15 @@ class Metrics:
         self.steps.labels(phase).observe(seconds)
         self.rows.labels(phase).observe(rows)
 
-    def aborted(self, id_: int) -> None:
-        """A sequence ended because its client left, or its time was up."""
-        self._times.pop(id_, None)
-        self.success.labels("abort").inc()
+    def aborted(self, ids: Iterable[int]) -> None:
+        """Sequences ended because their client left, or their time was up."""
+        for id_ in ids:
+            self._times.pop(id_, None)
+            self.success.labels("abort").inc()
+
+    def restarted(self) -> None:
+        """The engine is gone; another one numbers its sequences anew."""
+        self._times.clear()
 
     def sampled(self, spans: list[Span]) -> None:
         """A step was recorded."""
