@@ -112,6 +112,8 @@ class _Routes:
         tokenizer = self._tokenizer(body.model)
         offered = tools.offered(body)
         params = body.params(tools.required(body, offered))
+        if offered and params.json_schema is None and tokenizer is not None and not tokenizer.shows_tools:
+            raise ValueError("tools: this model's chat template shows none; only calls that must come can")
         prompt = await self._text(self._render, body, offered)
         job = self._job(body, [prompt], params)
         if params.json_schema is not None:
@@ -204,7 +206,8 @@ class _Routes:
         def whole() -> Response:
             found = sorted(first, key=lambda piece: piece.sample)
             choices = [choice for piece in found for choice in answer.choices(piece)]
-            return JSONResponse(top | {"choices": choices, "usage": usage(job)})
+            told = pydantic_core.to_json(top | {"choices": choices, "usage": usage(job)})
+            return Response(told, media_type="application/json")
 
         # Log-probabilities may be megabytes of text.
         reply = whole() if job.params.logprobs is None else await self._text(whole)
