@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import psutil
@@ -154,7 +155,9 @@ def patch_ranks(monkeypatch: pytest.MonkeyPatch, directory: Path, code: str) -> 
     monkeypatch.setenv("PYTHONPATH", str(directory))
 
 
-def run_program(*arguments: str, torchrun: int = 0) -> subprocess.Popen[str]:
+def run_program(
+    *arguments: str, torchrun: int = 0, stderr: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """Starts tests.cluster.program, alone or as ranks of torchrun, in a process group of its own."""
     command = [sys.executable, "-m"]
     if torchrun:
@@ -164,7 +167,7 @@ def run_program(*arguments: str, torchrun: int = 0) -> subprocess.Popen[str]:
         [*command, "tests.cluster.program", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         process_group=0,
     )

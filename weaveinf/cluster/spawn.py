@@ -42,8 +42,9 @@ def make_store(seconds: float, host: str = "127.0.0.1") -> tuple[dist.TCPStore, 
 
 def say(line: str) -> None:
     """Shows a line, and its end with it: print writes that apart, and another thread's line gets between."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # our stderr is full or closed: nobody reads it
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class Children:
@@ -91,8 +92,7 @@ class Children:
 
     def end(self, rank: int) -> str:
         """How a rank's process ended, with its last words."""
-        reader = self._readers[rank - 1]
-        reader.join(1)
+        self._readers[rank - 1].join(1)
         code = self._processes[rank].returncode
         if code >= 0:
             how = f"its process ended with exit status {code}"
@@ -125,8 +125,7 @@ class Children:
             for raw in pipe:
                 line = raw.decode(errors="replace").rstrip()
                 self._lines[rank].append(line)
-                with suppress(OSError, ValueError):  # our stderr is closed: nobody reads it
-                    say(f"[rank {rank}] {line}")
+                say(f"[rank {rank}] {line}")
 
 
 def _environment() -> dict[str, str]:
