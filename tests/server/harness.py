@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,10 +25,12 @@ MODEL = "demo"
 
 
 class Server:
-    """The demo's model in float32 behind HTTP, in a process of its own."""
+    """The demo's model in float32 behind HTTP, in a process of its own, or in those of `launcher`."""
 
-    def __init__(self, *options: str, model: str = DEMO, tp: int = 2, **environment: str) -> None:
-        command = [sys.executable, "-m", "weaveinf", "serve", model, "--served-model-name", MODEL]
+    def __init__(
+        self, *options: str, model: str = DEMO, tp: int = 2, launcher: Sequence[str] = (), **environment: str
+    ) -> None:
+        command = [sys.executable, *launcher, "-m", "weaveinf", "serve", model, "--served-model-name", MODEL]
         command += ["--tp", str(tp), "--dtype", "float32", "--port", "0", "--kv-cache-gib", "0.05", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.lines: list[str] = []

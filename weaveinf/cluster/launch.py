@@ -113,8 +113,12 @@ def _join_torchrun(config: EngineConfig, progress: Progress | None) -> Cluster:
 
 
 def torchrun_s_store() -> tuple[dist.Store, int, int]:
-    """The store that torchrun's ranks meet at, this one's rank, and how many there are."""
-    return next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
+    """The store that torchrun's ranks meet at, this one's rank, and how many there are.
+
+    It outlives ranks that torchrun starts anew: what the dead ones wrote must not be read.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=LOADING_S)))
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, size
 
 
 class Cluster:
