@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from tests.cluster.harness import PATIENCE_S
-from weaveinf.commands.serve import _Connection
+from weaveinf.server.connection import Connection
 
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nuPGRADE: h2c\r\n"
 
@@ -47,12 +47,12 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def ask(segments: list[bytes], answers: list[int]) -> list[bytes]:
     """Bodies of the answers, `answers[i]` of which follow segment i."""
-    config = uvicorn.Config(echo, http=_Connection, ws="none", lifespan="off", log_config=None)
+    config = uvicorn.Config(echo, http=Connection, ws="none", lifespan="off", log_config=None)
     config.load()
     state: dict[str, Any] = {}
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(
-        lambda: _Connection(config=config, server_state=ServerState(), app_state=state), "127.0.0.1", 0
+        lambda: Connection(config=config, server_state=ServerState(), app_state=state), "127.0.0.1", 0
     )
     found = []
     async with listener, asyncio.timeout(PATIENCE_S):
