@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -198,6 +200,19 @@ def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
         assert server.metric('weaveinf_request_success_total{finished_reason="length"}') == ended
 
 
+def test_a_client_that_leaves_after_a_second_request_frees_its_pages(server: Server) -> None:
+    for stream in (True, False):
+        body = json.dumps({"prompt": "x", "stream": stream, **LONG})
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        first = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        ended = server.metric('weaveinf_request_success_total{finished_reason="length"}')
+        with socket.create_connection(server.address) as client:
+            client.sendall(first + b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            until(lambda: server.metric(RUNNING) == 1)
+        server.idle()
+        assert server.metric('weaveinf_request_success_total{finished_reason="length"}') == ended
+
+
 @pytest.mark.slow
 def test_the_cache_is_full_of_long_requests() -> None:
     """Preemption, no deadlock, all end, and as they would alone."""
@@ -280,8 +295,6 @@ def crowd(server: Server, clients: int, seconds: float) -> int:
             whole += 1
 
     def parsed(text: str) -> list[Any]:
-        import json
-
         lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
         assert lines[-1] == "[DONE]"
         return [json.loads(line) for line in lines[:-1]]
