@@ -7,17 +7,21 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from tests.cluster.harness import PATIENCE_S
+from weaveinf.server.config import ServerConfig
 from weaveinf.server.connection import Connection
+from weaveinf.server.guard import Guard
 
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nuPGRADE: h2c\r\n"
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -43,7 +47,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     while more:
         message = await receive()
         body += message["body"]
-        more = message["more_body"]
+        more = message.get("more_body", False)
     told = scope["path"].encode() + b":" + body
     length = (b"content-length", b"%d" % len(told))
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -244,3 +248,14 @@ def test_a_refusal_is_no_part_of_an_answer_that_has_begun() -> None:
             assert await reader.read() == b""
 
     asyncio.run(look())
+
+
+def test_the_scheme_of_a_key_is_written_in_any_case(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("our-key\n")
+    client = TestClient(Guard(echo, ServerConfig(api_key_file=str(keys))))
+    right = ["Bearer our-key", "bearer our-key", "BEARER our-key"]
+    wrong = ["bearer our-ke", "bearer", "our-key", "basic our-key", "bearerour-key"]
+    for value in right + wrong:
+        found = client.get("/v1/models", headers={"Authorization": value})
+        assert (found.status_code == 200) == (value in right), value

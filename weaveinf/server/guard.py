@@ -77,9 +77,10 @@ class Guard:
         if self._local and _name(headers.get(b"host", b"")) not in _LOCAL:
             raise ApiError(403, "without an API key this server answers to the names of this machine only")
         if self._keys and scope["path"] not in OPEN:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             # All are compared, so that the time tells nothing.
-            if sum(hmac.compare_digest(given, key) for key in self._keys) == 0:
+            known = sum(hmac.compare_digest(given, key) for key in self._keys)
+            if scheme.lower() != b"bearer" or not known:
                 raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body:
