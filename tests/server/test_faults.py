@@ -20,7 +20,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
-from tests.server.harness import DEMO, MODEL, Server, until
+from tests.server.harness import DEMO, MODEL, Server, events, until
 from weaveinf.config import EngineConfig
 from weaveinf.server.async_engine import AsyncEngine
 from weaveinf.server.config import ServerConfig
@@ -172,6 +172,24 @@ def test_sigterm_lets_what_runs_end() -> None:
             *_, last = [line for line in lines if line]
         assert last == "data: [DONE]"
         assert server.process.wait(30) == 0
+
+
+def test_a_second_signal_ends_what_runs() -> None:
+    """Each client is told, as when the time to drain is over."""
+    body = {"prompt": "x", **LONG, "max_tokens": 2000}
+    with Server(tp=1) as server, ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(server.post, "/v1/completions", **body)
+        stream = pool.submit(server.post, "/v1/completions", **body, stream=True)
+        until(lambda: server.metric(RUNNING) == 2)
+        server.process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=server.url) as other:
+            until(lambda: other.get("/ready").status_code == 503)
+        began = time.monotonic()
+        assert server.end(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 5
+        told = whole.result().json()["error"], events(stream.result())[-1]["error"]
+    assert whole.result().status_code == 503
+    assert [(error["code"], error["message"]) for error in told] == [(503, "the server has shut down")] * 2
 
 
 @pytest.mark.slow

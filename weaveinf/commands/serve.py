@@ -95,7 +95,7 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
 
 
 class _Http(uvicorn.Server):
-    """Drains at the first signal, ends at the second."""
+    """Drains at the first signal; at the second what still runs is ended, too."""
 
     def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
         super().__init__(config)
@@ -103,11 +103,15 @@ class _Http(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None or self._engine.state == "loading":
+        loop = asyncio.get_running_loop()
+        if self._draining is not None:
+            loop.call_soon_threadsafe(self._engine.stop)
+            return
+        if self._engine.state == "loading":
             self.should_exit = self.force_exit = True
             return
         log.info("%s: ending what runs within %.0f s", signal.Signals(sig).name, self._engine.server.drain_s)
-        self._draining = asyncio.get_running_loop().create_task(self._drain())
+        self._draining = loop.create_task(self._drain())
 
     async def _drain(self) -> None:
         await self._engine.drain()

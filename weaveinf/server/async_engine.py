@@ -216,6 +216,10 @@ class AsyncEngine:
         deadline = time.monotonic() + self.server.drain_s
         while self._jobs and self.state == "draining" and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends what runs, at once."""
         for job in self._jobs:
             job.fail(ApiError(503, "the server has shut down"))
 
