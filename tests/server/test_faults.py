@@ -20,6 +20,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from tests.ray_cluster import ray_cluster
 from tests.server.harness import DEMO, MODEL, Server, events, until
 from weaveinf.config import EngineConfig
 from weaveinf.server.async_engine import AsyncEngine
@@ -349,5 +350,14 @@ def test_two_signals_end_a_server_on_ray_without_an_abort() -> None:
     with Server("--executor", "ray") as server:
         server.text("x", max_tokens=2)
         server.process.send_signal(signal.SIGTERM)
+        assert server.end(signal.SIGTERM) == 0
+    assert not [line for line in server.lines if "FailureSignalHandler" in line]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_server_that_waits_for_a_place_on_ray() -> None:
+    with ray_cluster(1, num_cpus=1):
+        server = Server("--executor", "ray")
+        until(lambda: any("for Ray to place" in line for line in server.lines), server.lines)
         assert server.end(signal.SIGTERM) == 0
     assert not [line for line in server.lines if "FailureSignalHandler" in line]

@@ -78,11 +78,13 @@ async def _serve(engine: AsyncEngine, server: ServerConfig, listener: socket.soc
     serving = asyncio.create_task(http.serve([listener]))
     try:
         loading = asyncio.create_task(engine.start())
-        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        while not (loading.done() or serving.done()):
+            await asyncio.wait({loading, serving}, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done():
+                # As its cluster is joined, Ray puts a handler in this one's place that aborts the process.
+                signal.signal(signal.SIGTERM, http.handle_exit)
         if loading.done():
             await loading
-            # Ray's own handler came before this one, and a second signal within it would abort the process.
-            signal.signal(signal.SIGTERM, http.handle_exit)
             log.info("ready: %s", engine.config.model)
             dying = asyncio.create_task(engine.died())
             await asyncio.wait({serving, dying}, return_when=asyncio.FIRST_COMPLETED)
