@@ -221,6 +221,13 @@ REFUSED = {
     '{"type": "string", "pattern": "(?=a)b"}': "[Ll]ookahead",
     '{"type": "string", "pattern": "(a)\\\\1"}': "Backreference",
     '{"type": "string", "pattern": "("}': "parenthesis",
+    r'{"type": "string", "pattern": "^a\"b$"}': "nor name a quote",
+    r'{"type": "string", "pattern": "^(\\\\|\\x22|[\\n])$"}': "nor name a quote",
+    r'{"type": "string", "pattern": "^json_string=true\"$"}': "nor name a quote",
+    '{"type": "string", "pattern": "^.{1,10000}$"}': "nor name a quote",
+    '{"type": "string", "pattern": 5}': "wrong type",
+    r'{"type": "object", "patternProperties": {"^\t$": true}}': "nor name a quote",
+    r'{"type": "object", "propertyNames": {"type": "string", "pattern": "^[^]\"$"}}': "nor name a quote",
     '{"type": "array", "items": ' * 70 + "true" + "}" * 70: "nested",
     "[" * 30_000: "recursion",
     '{"enum": ["' + "a" * 70_000 + '"]}': "bytes",
@@ -345,7 +352,7 @@ def test_offline(path: Path) -> None:
 
 # Schemas that harm
 ENDLESS_COMPILING = {"type": "string", "pattern": "^(.{1,40}){1,40}$"}
-ENDLESS_MATCHING = {"type": "string", "pattern": "^(((((.{0,99}){0,99}){0,99}){0,99}){0,99})$"}
+ENDLESS_MATCHING = {"type": "string", "pattern": "^((((((a|b|c|d|e|f){0,99}){0,99}){0,99}){0,99}){0,99})$"}
 FREELY = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
 
@@ -410,3 +417,26 @@ def kill(fresh: Callable[..., Engine]) -> None:
 
 def test_a_process_that_dies_is_started_again(path: Path, grammars: Grammars) -> None:
     on_one_rank(path, grammars, kill)
+
+
+# Patterns
+RAW = r"^[^a]\S.[ -~]é$"
+SPELT: list[Any] = [
+    {"type": "string", "pattern": RAW},
+    {"type": "object", "patternProperties": {RAW: {"type": "null"}}},
+    {"type": "object", "propertyNames": {"type": "string", "pattern": RAW}},
+]
+
+
+@pytest.mark.parametrize("schema", SPELT, ids=json.dumps)
+def test_what_a_pattern_lets_through_is_json(grammars: Grammars, schema: Any) -> None:
+    one = grammars.compile(json.dumps(schema)).begin(30, ignore_eos=False)
+    for token in TOKENIZER.encode('"' if schema["type"] == "string" else '{"').ids:
+        follow(one, token)
+    for _ in range(4):
+        found = [TOKENIZER.decode([i]) for i in allowed(one)]
+        assert "b" in found and not any({*text} & {'"', "\\", "\n"} for text in found)
+        follow(one, TOKENIZER.encode("b").ids[0])
+    for token in TOKENIZER.encode("é").ids:
+        assert token in allowed(one)
+        follow(one, token)

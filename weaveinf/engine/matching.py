@@ -96,6 +96,10 @@ def check(schema: Any, depth: int = 0) -> None:
     for name in schema.get("required", []):
         if name not in schema.get("properties", {}):
             raise ValueError(f"{json.dumps(name):.40} is required, but not among the properties")
+    if "pattern" in schema:
+        schema["pattern"] = _escaped(schema["pattern"])
+    if patterns := schema.get("patternProperties"):
+        schema["patternProperties"] = {_escaped(pattern): part for pattern, part in patterns.items()}
     below = [schema[name] for name in ("items", "additionalProperties", "propertyNames") if name in schema]
     for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
         below += schema.get(name, [])
@@ -103,6 +107,19 @@ def check(schema: Any, depth: int = 0) -> None:
         below += schema.get(name, {}).values()
     for part in below:
         check(part, depth + 1)
+
+
+def _escaped(pattern: str) -> str:
+    """The pattern such that answers are JSON, whatever it lets through; `ValueError` where they would not be.
+
+    xgrammar sees to it in a pattern of ASCII that it makes an automaton of: not too large, and with a text
+    that needs no escapes. Any other it takes as it is, which harms where it may mean a character to escape.
+    """
+    pattern = re.sub(r"[^\x00-\x7f]", lambda found: f"\\u{{{ord(found[0]):x}}}", pattern)
+    grammar = xgrammar.Grammar.from_json_schema(json.dumps({"type": "string", "pattern": pattern}))
+    if "\nroot_1 ::= Regex(" not in str(grammar) and re.search(r"[\x00-\x1f\".[\\]", pattern):
+        raise ValueError("a pattern may not be that large, nor name a quote, backslash or control character")
+    return pattern
 
 
 def _is(value: Any, name: str) -> bool:
