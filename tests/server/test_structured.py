@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.server.harness import MODEL, Server
 
@@ -138,3 +139,31 @@ def test_a_hostile_schema_is_refused_and_the_others_go_on(server: Server, schema
     error = answer[0].json()["error"]
     assert error["param"] in ("response_format", None) and len(error["message"]) < 300
     server.idle()
+
+
+class Brush(BaseModel):
+    colour: Literal["red", "blue"]
+    width: Annotated[int, Field(ge=0, le=9)]
+
+
+class Coat(BaseModel):
+    brush: Brush
+    under: Coat | None
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "Coat"}}])
+def test_calls_whose_parameters_refer_to_their_parts(client: openai.OpenAI, choice: Any) -> None:
+    tools = [openai.pydantic_function_tool(Brush), openai.pydantic_function_tool(Coat)]
+    found = client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,
+        tools=tools,
+        tool_choice=choice,
+        n=4,
+        seed=1,
+        parallel_tool_calls=False,
+    )
+    calls = [call for one in found.choices for call in one.message.tool_calls or []]
+    assert any(call.function.name == "Coat" for call in calls)
+    for call in calls:
+        {"Brush": Brush, "Coat": Coat}[call.function.name].model_validate_json(call.function.arguments)

@@ -84,3 +84,16 @@ def test_what_must_be_called() -> None:
     assert offered(request(tool_choice="none")) == []
     with pytest.raises(ValueError, match="tool_choice names 'x'"):
         offered(request(tool_choice={"type": "function", "function": {"name": "x"}}))
+
+
+def test_references_in_parameters_lead_where_these_are_put() -> None:
+    part = {"type": "object", "properties": {"again": {"anyOf": [{"$ref": "#"}, {"$ref": "#/$defs/x"}]}}}
+    tree = {"type": "function", "function": {"name": "tree", "parameters": {**part, "$defs": {"x": {}}}}}
+    asked = request(tools=[*TOOLS, tree], tool_choice="required")
+    schema = json.loads(required(asked, offered(asked)) or "")
+    again = schema["items"]["anyOf"][2]["properties"]["arguments"]["properties"]["again"]["anyOf"]
+    for reference, target in zip(again, (tree["function"]["parameters"], {}), strict=True):  # type: ignore[index]
+        at = schema
+        for step in reference["$ref"].removeprefix("#/").split("/"):
+            at = at[int(step) if isinstance(at, list) else step]
+        assert at.keys() == target.keys()

@@ -36,16 +36,28 @@ def required(request: ChatRequest, tools: list[Tool]) -> str | None:
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
+                "arguments": _moved(tool.function.parameters or {"type": "object"}, i),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for i, tool in enumerate(tools)
     ]
     one = isinstance(request.tool_choice, NamedTool) or not request.parallel_tool_calls
     most = {"maxItems": 1} if one else {}
     return json.dumps({"type": "array", "items": {"anyOf": calls}, "minItems": 1} | most)
+
+
+def _moved(schema: Any, call: int) -> Any:
+    """A tool's parameters, whose references start from their own root, below that of all calls."""
+    if isinstance(schema, list):
+        return [_moved(part, call) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(part, call) for key, part in schema.items()}
+    if isinstance(to := schema.get("$ref"), str) and to.startswith("#"):
+        moved["$ref"] = f"#/items/anyOf/{call}/properties/arguments{to[1:]}"
+    return moved
 
 
 class ToolReader:
