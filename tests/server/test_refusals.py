@@ -28,6 +28,12 @@ from weaveinf.server.metrics import Metrics
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
+
+
+def called(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {}, "prompt"),
     ("/v1/completions", {"prompt": ""}, "prompt"),
@@ -71,6 +77,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {"messages": []}, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "king", "content": "a"}]}, "messages"),
     ("/v1/chat/completions", {"messages": IMAGE}, "messages"),
+    ("/v1/chat/completions", {"messages": [called(r'{"a": "\ud800"}')]}, "messages"),
+    ("/v1/chat/completions", {"messages": [called('{"a": NaN}')]}, "messages"),
+    ("/v1/chat/completions", {"messages": [called("[" * 9999)]}, "messages"),
     ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, "top_logprobs"),
     ("/v1/chat/completions", CHAT | {"functions": []}, "functions"),
     ("/v1/chat/completions", CHAT | {"tool_choice": "auto"}, "tool_choice"),

@@ -40,6 +40,8 @@ CASES = [
     ("plain words", "plain words", []),
     ("", "", []),
     ("[" * 5000, "[" * 5000, []),
+    ('{"name": "time", "arguments": {"at": 1e999}}', '{"name": "time", "arguments": {"at": 1e999}}', []),
+    ('{"name": "time", "arguments": {"at": NaN}}', '{"name": "time", "arguments": {"at": NaN}}', []),
 ]
 
 
@@ -97,3 +99,10 @@ def test_references_in_parameters_lead_where_these_are_put() -> None:
         for step in reference["$ref"].removeprefix("#/").split("/"):
             at = at[int(step) if isinstance(at, list) else step]
         assert at.keys() == target.keys()
+
+
+@pytest.mark.parametrize("arguments", [{"zone": "\ud800é"}, '{"zone": "\ud800é"}'], ids=["object", "text"])
+def test_half_of_a_surrogate_pair_goes_out_as_json_names_it(arguments: object) -> None:
+    reader = ToolReader(offered(request()), parallel=True)
+    reader.add(json.dumps({"name": "time", "arguments": arguments}))
+    assert reader.end()[1][0]["function"]["arguments"] == r'{"zone": "\ud800é"}'

@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import from_json
 
 from weaveinf.engine.request import MAX_LOGPROBS, MAX_N, SamplingParams
 
@@ -136,8 +137,9 @@ class Message(Body):
         said.setdefault("content", "")
         for call in said.get("tool_calls", ()):
             try:
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-            except (ValueError, RecursionError):
+                given = call["function"]["arguments"]
+                call["function"]["arguments"] = from_json(given, allow_inf_nan=False)
+            except ValueError:
                 raise ValueError("messages: the arguments of a tool call must be JSON") from None
         return said
 

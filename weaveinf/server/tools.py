@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from typing import Any
 
@@ -93,10 +94,10 @@ class ToolReader:
         parts = [part.split(_CLOSE)[0] for part in held.split(_OPEN)[1:]] if _OPEN in held else [held]
         try:
             said = [json.loads(part) for part in parts] if held else []
+            flat = [one for value in said for one in (value if isinstance(value, list) else [value])]
+            calls = [self._call(one) for one in flat]
         except (ValueError, RecursionError):
             return self._held, []
-        flat = [one for value in said for one in (value if isinstance(value, list) else [value])]
-        calls = [self._call(one) for one in flat]
         if not calls or None in calls:
             return self._held, []
         return "", [call for call in calls if call][: None if self._parallel else 1]
@@ -107,6 +108,8 @@ class ToolReader:
             return None
         arguments = said.get("arguments", said.get("parameters", {}))
         if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        # Half of a surrogate pair is no text, but JSON can name it.
+        arguments = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):x}", arguments)
         function = {"name": name, "arguments": arguments}
         return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
