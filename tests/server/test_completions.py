@@ -6,6 +6,7 @@ import json
 import math
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -14,6 +15,7 @@ from tests.server.harness import DEMO, MODEL, Server, events, until
 from weaveinf import LLM, SamplingParams
 from weaveinf.commands.serve import _listen
 from weaveinf.server.config import ServerConfig
+from weaveinf.server.protocol import ChatRequest, CompletionRequest, ResponseFormat
 
 PROMPT = "def softmax(x):"
 OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
@@ -156,6 +158,32 @@ async def _many(url: str) -> list[str]:
             return "".join([chunk.choices[0].text async for chunk in stream])
 
         return await asyncio.gather(*map(one, range(24)))
+
+
+def test_null_is_as_not_given(server: Server, client: openai.OpenAI) -> None:
+    wanted = server.text(PROMPT, max_tokens=4, seed=1)
+    fields = CompletionRequest.model_fields.keys() - {"prompt", "max_tokens", "temperature"}
+    assert server.text(PROMPT, max_tokens=4, **dict.fromkeys(fields | {"suffix"})) == wanted
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 4, "temperature": 0}
+    messages: list[Any] = [{"role": "user", "content": PROMPT}]
+    first = client.chat.completions.create(messages=messages, **asked).choices[0].message
+    messages += [first.model_dump(), messages[0]]
+    again = client.chat.completions.create(messages=messages, stop=None, tools=None, logprobs=None, **asked)
+    assert again.choices[0].message.content
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+    said = ChatRequest.model_validate({"messages": [called], "n": None}).messages[0].plain()
+    assert said == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    assert server.post("/tokenize", prompt=PROMPT, messages=None, tools=None).status_code == 200
+    schema = {"const": None, "default": None}
+    form = ResponseFormat.model_validate(
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    )
+    assert json.loads(form.schema_text() or "") == schema
 
 
 def test_many_at_once_equal_each_alone(server: Server) -> None:

@@ -55,7 +55,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "a", "n": 10**9}, "n"),
     ("/v1/completions", {"prompt": "a", "n": 0}, "n"),
     ("/v1/completions", {"prompt": "a", "temperature": -0.1}, "temperature"),
-    ("/v1/completions", {"prompt": "a", "temperature": None}, "temperature"),
+    ("/v1/completions", {"prompt": None}, "prompt"),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"1": None}}, "logit_bias"),
     ("/v1/completions", {"prompt": "a", "top_p": 0}, "top_p"),
     ("/v1/completions", {"prompt": "a", "seed": 2**70}, "seed"),
     ("/v1/completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
@@ -86,7 +87,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", CHAT | {"chat_template": "{{ 7 * 7 }}"}, "chat_template"),
     ("/v1/chat/completions", CHAT | {"response_format": {"type": "xml"}}, "response_format"),
     ("/tokenize", {}, "prompt"),
+    ("/tokenize", {"prompt": None, "messages": None}, "prompt"),
     ("/detokenize", {"tokens": [10**7]}, "tokens"),
+    ("/detokenize", {"tokens": None}, "tokens"),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import from_json
 
 from weaveinf.engine.request import MAX_LOGPROBS, MAX_N, SamplingParams
@@ -20,9 +20,16 @@ TokenIds = Annotated[list[Count], Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """Strict: "1" is no number, and a field that is not known is an error."""
+    """Strict: "1" is no number, and a field that is not known is an error. One that is null is not given."""
 
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
 
 
 class StreamOptions(Body):
