@@ -160,32 +160,6 @@ async def _many(url: str) -> list[str]:
         return await asyncio.gather(*map(one, range(24)))
 
 
-def test_null_is_as_not_given(server: Server, client: openai.OpenAI) -> None:
-    wanted = server.text(PROMPT, max_tokens=4, seed=1)
-    fields = CompletionRequest.model_fields.keys() - {"prompt", "max_tokens", "temperature"}
-    assert server.text(PROMPT, max_tokens=4, **dict.fromkeys(fields | {"suffix"})) == wanted
-    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 4, "temperature": 0}
-    messages: list[Any] = [{"role": "user", "content": PROMPT}]
-    first = client.chat.completions.create(messages=messages, **asked).choices[0].message
-    messages += [first.model_dump(), messages[0]]
-    again = client.chat.completions.create(messages=messages, stop=None, tools=None, logprobs=None, **asked)
-    assert again.choices[0].message.content
-    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    called = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
-    said = ChatRequest.model_validate({"messages": [called], "n": None}).messages[0].plain()
-    assert said == {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
-    }
-    assert server.post("/tokenize", prompt=PROMPT, messages=None, tools=None).status_code == 200
-    schema = {"const": None, "default": None}
-    form = ResponseFormat.model_validate(
-        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-    )
-    assert json.loads(form.schema_text() or "") == schema
-
-
 def test_many_at_once_equal_each_alone(server: Server) -> None:
     import asyncio
 
@@ -289,3 +263,29 @@ def test_the_model_alone(server: Server) -> None:
     one = server.client.get(f"/v1/models/{MODEL}")
     assert one.json() == server.client.get("/v1/models").json()["data"][0]
     assert server.client.get("/v1/models/org/other").status_code == 404
+
+
+def test_null_is_as_not_given(server: Server, client: openai.OpenAI) -> None:
+    wanted = server.text(PROMPT, max_tokens=4, seed=1)
+    fields = CompletionRequest.model_fields.keys() - {"prompt", "max_tokens", "temperature"}
+    assert server.text(PROMPT, max_tokens=4, **dict.fromkeys(fields | {"suffix"})) == wanted
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 4, "temperature": 0}
+    messages: list[Any] = [{"role": "user", "content": PROMPT}]
+    first = client.chat.completions.create(messages=messages, **asked).choices[0].message
+    messages += [first.model_dump(), messages[0]]
+    again = client.chat.completions.create(messages=messages, stop=None, tools=None, logprobs=None, **asked)
+    assert again.choices[0].message.content
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+    said = ChatRequest.model_validate({"messages": [called], "n": None}).messages[0].plain()
+    assert said == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    assert server.post("/tokenize", prompt=PROMPT, messages=None, tools=None).status_code == 200
+    schema = {"const": None, "default": None}
+    form = ResponseFormat.model_validate(
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    )
+    assert json.loads(form.schema_text() or "") == schema

@@ -27,6 +27,7 @@ from weaveinf.server.guard import OPEN
 from weaveinf.server.metrics import Metrics
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
+FORM = {"json_schema": {"name": "a", "schema": {"type": "object"}}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
 
 
@@ -86,6 +87,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", CHAT | {"tool_choice": "auto"}, "tool_choice"),
     ("/v1/chat/completions", CHAT | {"chat_template": "{{ 7 * 7 }}"}, "chat_template"),
     ("/v1/chat/completions", CHAT | {"response_format": {"type": "xml"}}, "response_format"),
+    ("/v1/chat/completions", CHAT | {"response_format": FORM | {"type": "text"}}, "response_format"),
+    ("/v1/chat/completions", CHAT | {"response_format": FORM | {"type": "json_object"}}, "response_format"),
+    ("/v1/chat/completions", CHAT | {"response_format": {"type": "json_schema"}}, "response_format"),
     ("/tokenize", {}, "prompt"),
     ("/tokenize", {"prompt": None, "messages": None}, "prompt"),
     ("/detokenize", {"tokens": [10**7]}, "tokens"),

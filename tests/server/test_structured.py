@@ -25,7 +25,10 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 MESSAGES: list[Any] = [{"role": "user", "content": "A thing, please."}]
-FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+FORMAT: Any = {
+    "type": "json_schema",
+    "json_schema": {"name": "thing", "description": "One of all.", "schema": SCHEMA, "strict": True},
+}
 
 
 @pytest.fixture(scope="module")

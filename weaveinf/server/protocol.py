@@ -173,9 +173,10 @@ class NamedTool(Body):
 
 
 class JsonSchema(Body):
-    """The name is the client's own; answers fulfil the schema whether `strict` or not."""
+    """Its name and description are the client's own; answers fulfil the schema whether `strict` or not."""
 
     name: str
+    description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
@@ -185,14 +186,14 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def schema_text(self) -> str | None:
-        """The schema that answers must fulfil. ValueError where it is missing."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return '{"type": "object"}'
-        if self.json_schema is None:
-            raise ValueError("response_format of type json_schema needs its json_schema")
-        return json.dumps(self.json_schema.schema_)
+        """The schema that answers must fulfil. ValueError where it is missing, or would be ignored."""
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise ValueError("response_format of type json_schema needs its json_schema")
+            return json.dumps(self.json_schema.schema_)
+        if self.json_schema is not None:
+            raise ValueError(f"response_format of type {self.type} takes no json_schema")
+        return '{"type": "object"}' if self.type == "json_object" else None
 
 
 class ChatRequest(Sampling):
