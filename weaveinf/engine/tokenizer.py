@@ -66,7 +66,9 @@ class TextTokenizer:
     @property
     def shows_tools(self) -> bool:
         """Whether the chat template tells the model of tools."""
-        return bool(self._tokenizer.chat_template) and "tools" in self._tokenizer.get_chat_template(tools=[{}])
+        return bool(self._tokenizer.chat_template) and "tools" in self._tokenizer.get_chat_template(
+            tools=[{}]
+        )
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
