@@ -25,6 +25,7 @@ from weaveinf.server.async_engine import AsyncEngine
 from weaveinf.server.config import ServerConfig
 from weaveinf.server.guard import OPEN
 from weaveinf.server.metrics import Metrics
+from weaveinf.server.protocol import CompletionRequest
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 FORM = {"json_schema": {"name": "a", "schema": {"type": "object"}}}
@@ -105,6 +106,12 @@ def test_what_is_wrong_is_named(server: Server, path: str, body: dict[str, Any],
     assert error["param"] == field and field in error["message"]
     assert error["type"] == "invalid_request_error" and error["code"] == 400
     assert len(error["message"]) < 300
+
+
+def test_options_of_a_stream_need_one() -> None:
+    asked = CompletionRequest.model_validate({"prompt": "a", "stream_options": {}})
+    with pytest.raises(ValueError, match="stream_options needs stream=true"):
+        asked.params()
 
 
 @pytest.mark.parametrize(

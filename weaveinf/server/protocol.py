@@ -81,6 +81,8 @@ class Sampling(Body):
 
     def sampling(self, **more: Any) -> SamplingParams:
         """ValueError for what is out of its bounds."""
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
         bias = None
         if self.logit_bias is not None:
             if not all(key.isdecimal() and key.isascii() and len(key) < 12 for key in self.logit_bias):
