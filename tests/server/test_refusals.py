@@ -25,10 +25,11 @@ from weaveinf.server.async_engine import AsyncEngine
 from weaveinf.server.config import ServerConfig
 from weaveinf.server.guard import OPEN
 from weaveinf.server.metrics import Metrics
-from weaveinf.server.protocol import CompletionRequest
+from weaveinf.server.protocol import CompletionRequest, Message, TokenizeRequest
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 FORM = {"json_schema": {"name": "a", "schema": {"type": "object"}}}
+TOOL = {"type": "function", "function": {"name": "f"}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
 
 
@@ -112,6 +113,22 @@ def test_options_of_a_stream_need_one() -> None:
     asked = CompletionRequest.model_validate({"prompt": "a", "stream_options": {}})
     with pytest.raises(ValueError, match="stream_options needs stream=true"):
         asked.params()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": "a", "tools": [TOOL]}, "tools need messages"),
+        ({"tools": [TOOL]}, "give either prompt or messages"),
+        (CHAT | {"prompt": "a", "tools": [TOOL]}, "give either prompt or messages"),
+    ],
+)
+def test_tokenize_ignores_nothing(body: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TokenizeRequest.model_validate(body).texts()
+    assert TokenizeRequest.model_validate({"prompt": ""}).texts() == ""
+    (message,) = TokenizeRequest.model_validate(CHAT | {"tools": [TOOL]}).texts()
+    assert isinstance(message, Message) and message.content == "a"
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,15 @@ class TokenizeRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
 
+    def texts(self) -> str | list[Message]:
+        """What is given of the two. ValueError where it is both or neither, or tools have no conversation."""
+        given = [one for one in (self.prompt, self.messages) if one is not None]
+        if len(given) != 1:
+            raise ValueError("give either prompt or messages")
+        if self.tools and self.messages is None:
+            raise ValueError("tools need messages")
+        return given[0]
+
 
 class DetokenizeRequest(Body):
     """`/detokenize`."""
