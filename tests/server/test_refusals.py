@@ -93,6 +93,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", CHAT | {"response_format": FORM | {"type": "json_object"}}, "response_format"),
     ("/v1/chat/completions", CHAT | {"response_format": {"type": "json_schema"}}, "response_format"),
     ("/tokenize", {}, "prompt"),
+    ("/tokenize", CHAT | {"prompt": "a"}, "prompt"),
+    ("/tokenize", {"prompt": "a", "tools": [TOOL]}, "tools"),
     ("/tokenize", {"prompt": None, "messages": None}, "prompt"),
     ("/detokenize", {"tokens": [10**7]}, "tokens"),
     ("/detokenize", {"tokens": None}, "tokens"),

@@ -218,10 +218,8 @@ class _Routes:
 
     async def tokenize(self, body: TokenizeRequest) -> Object:
         self._tokenizer(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise ValueError("give either prompt or messages")
-        if body.prompt is not None:
-            ids = await self._text(self._engine.engine.encode, body.prompt)
+        if isinstance(given := body.texts(), str):
+            ids = await self._text(self._engine.engine.encode, given)
         else:
             ids = await self._text(self._render, body, body.tools or [])
         most = self._engine.engine.model_config.max_model_len
