@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -267,6 +268,26 @@ def test_the_log_cannot_be_written() -> None:
     finally:
         process.terminate()
         assert process.wait(30) == 0
+
+
+def test_the_log_is_not_read() -> None:
+    """A pipe that is full: it keeps serving, and ends."""
+    ours, theirs = os.pipe()
+    command = [sys.executable, "-m", "weaveinf", "serve", DEMO, "--port", "0", "--kv-cache-gib", "0.05"]
+    process = subprocess.Popen(command, stderr=theirs)
+    os.close(theirs)
+    try:
+        url = re.findall(rb"http://\S+", os.read(ours, 4096))[0].decode()
+        with httpx.Client(base_url=url, timeout=10) as client:
+            until(lambda: client.get("/ready").status_code == 200)
+            for _ in range(1000):
+                assert client.get("/health", headers={"X-Request-Id": "a" * 128}).status_code == 200
+            process.terminate()
+            assert process.wait(30) == 0
+        assert len(os.read(ours, 1 << 20)) > 60_000  # no more went in
+    finally:
+        process.kill()
+        os.close(ours)
 
 
 @pytest.mark.slow

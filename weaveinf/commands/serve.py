@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import logging.handlers
 import os
+import queue
 import signal
 import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import uvicorn
@@ -23,6 +29,9 @@ from weaveinf.server.metrics import Metrics
 
 log = logging.getLogger("weaveinf")
 
+LOG_LINES = 10_000
+"""Wait at most to be written; LOG_S at most, when the server ends."""
+LOG_S = 1.0
 UNREAD_S = 60
 """A client that takes nothing of its answer for so long is cut off."""
 
@@ -36,12 +45,33 @@ def run(args: argparse.Namespace) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         launch(config)  # serves rank 0, and exits
-    logging.raiseExceptions = False  # a log that cannot be written ends nothing
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     engine = AsyncEngine(config, server, Metrics())
-    with _listen(server) as listener:
+    with _logging(), _listen(server) as listener:
         asyncio.run(_serve(engine, server, listener))
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """A thread writes the lines, so that nothing waits where nobody reads them; they are then left out."""
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
+
+    def write() -> None:
+        while True:
+            line = lines.get().getMessage() + "\n"
+            with suppress(OSError, AttributeError):  # it is full, or there is none
+                os.write(sys.stderr.fileno(), line.encode(errors="backslashreplace"))
+            lines.task_done()
+
+    logging.raiseExceptions = False  # a log that cannot be written, or is full, ends nothing
+    handler = logging.handlers.QueueHandler(lines)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    threading.Thread(target=write, name="log", daemon=True).start()
+    try:
+        yield
+    finally:
+        with lines.all_tasks_done:
+            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, LOG_S)
 
 
 def _listen(server: ServerConfig) -> socket.socket:
