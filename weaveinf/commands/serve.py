@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import logging.handlers
 import os
 import queue
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -58,8 +56,8 @@ def _logging() -> Iterator[None]:
     def write() -> None:
         while True:
             line = lines.get().getMessage() + "\n"
-            with suppress(OSError, AttributeError):  # it is full, or there is none
-                os.write(sys.stderr.fileno(), line.encode(errors="backslashreplace"))
+            with suppress(OSError):  # it is full, or there is none
+                os.write(2, line.encode(errors="backslashreplace"))
             lines.task_done()
 
     logging.raiseExceptions = False  # a log that cannot be written, or is full, ends nothing
@@ -138,12 +136,12 @@ class _Http(uvicorn.Server):
         loop = asyncio.get_running_loop()
         if self._draining is not None:
             loop.call_soon_threadsafe(self._engine.stop)
-            return
-        if self._engine.state == "loading":
+        elif self._engine.state == "loading":
             self.should_exit = self.force_exit = True
-            return
-        log.info("%s: ending what runs within %.0f s", signal.Signals(sig).name, self._engine.server.drain_s)
-        self._draining = loop.create_task(self._drain())
+        else:
+            name, seconds = signal.Signals(sig).name, self._engine.server.drain_s
+            log.info("%s: ending what runs within %.0f s", name, seconds)
+            self._draining = loop.create_task(self._drain())
 
     async def _drain(self) -> None:
         await self._engine.drain()

@@ -32,9 +32,8 @@ class TextStream:
         self._undecoded.append(token_id)
         try:
             chunk = self._stream.step(self._tokenizer, token_id)
-        except (
-            Exception
-        ):  # it loses its place where a token changes how those before it read: begin behind them
+        except Exception:
+            # It loses its place where a token changes how those before it read: begin behind them.
             self._stream = DecodeStream(skip_special_tokens=True)
             chunk = self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
         if chunk is None:

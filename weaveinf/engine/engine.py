@@ -104,10 +104,9 @@ class Engine:
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
-        tokenizer = self._required_tokenizer()
-        text = tokenizer.render_chat(messages, tools)
+        text = self._required_tokenizer().render_chat(messages, tools)
         # The template writes the special tokens itself.
-        return tokenizer.encode(text, self.model_config.max_model_len, special=False)
+        return self._required_tokenizer().encode(text, self.model_config.max_model_len, special=False)
 
     def _required_tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:

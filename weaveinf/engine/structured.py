@@ -190,11 +190,8 @@ class Grammars:
         text = schema.encode(errors="surrogatepass")
         if not 0 < len(text) <= MAX_SCHEMA:
             raise ValueError(f"json_schema: it has {len(text)} bytes, 1 to {MAX_SCHEMA} are allowed")
-        grammar = self.find(schema)
-        if grammar is None:
-            with self._compiling:
-                grammar = self.find(schema) or self._compile(schema, text)
-        return grammar
+        with self._compiling:
+            return self.find(schema) or self._compile(schema, text)
 
     def find(self, schema: str) -> Grammar | None:
         """The grammar of a schema that was compiled lately. Never waits."""
