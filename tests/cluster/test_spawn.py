@@ -270,6 +270,7 @@ def test_a_step_that_waits_for_nobody_ends_with_the_program(model: Path) -> None
         assert eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
+@pytest.mark.slow
 def test_it_does_so_when_nothing_can_be_said(model: Path) -> None:
     with open("/dev/full", "w") as full, run_program(str(model), "2", "stuck", stderr=full) as program:
         pids = [int(pid) for pid in read_line(program, "ranks").split()]

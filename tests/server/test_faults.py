@@ -99,6 +99,28 @@ def test_a_stream_that_was_begun_ends_with_an_error(breakable: Server) -> None:
     rebuilt(breakable, time.monotonic())
 
 
+def test_metrics_stay_true_when_ranks_are_started_anew(breakable: Server) -> None:
+    server, seconds = breakable, "weaveinf_inter_token_latency_seconds_"
+    names = [seconds + "sum", seconds + "count", "weaveinf_time_to_first_token_seconds_count"]
+    aborted = 'weaveinf_request_success_total{finished_reason="abort"}'
+    lost = server.metric(aborted)
+    with server.client.stream(
+        "POST", "/v1/completions", json={"prompt": "x", "n": 3, "stream": True} | LONG
+    ) as it:
+        next(lines := it.iter_lines())
+        server.ranks()[0].kill()
+        assert any('"code":503' in line for line in lines)
+    began = time.monotonic()
+    rebuilt(server, began)
+    assert server.metric(aborted) == lost + 3
+    before = [server.metric(name) for name in names]
+    for _ in range(3):  # numbered like those that are gone
+        server.complete("x", max_tokens=5, ignore_eos=True)
+    server.idle()
+    took, *counts = [server.metric(name) - old for name, old in zip(names, before, strict=True)]
+    assert counts == [12, 3] and took < time.monotonic() - began
+
+
 def test_a_rank_is_killed_while_ranks_are_started_anew(breakable: Server) -> None:
     restarts = breakable.metric("weaveinf_engine_restarts_total")
     (first,) = breakable.ranks()

@@ -180,12 +180,13 @@ class _Routes:
     def _timeout_s(self, body: Sampling) -> float:
         return min(self._config.timeout_s, body.timeout or self._config.timeout_s)
 
-    async def _reply(self, http: Request, body: Sampling, preparing: Coroutine[Any, Any, Answer]) -> Response:
+    async def _begin(
+        self, http: Request, body: Sampling, preparing: Coroutine[Any, Any, Answer]
+    ) -> tuple[Answer, Object, list[Piece], AsyncGenerator[list[Piece]]]:
+        """An answer, what it begins with, its first pieces and the others."""
         try:
             async with asyncio.timeout(self._timeout_s(body)):
-                answer = await _unless_gone(http.receive, preparing)
-        except _Gone:
-            return Response(status_code=499)
+                answer = await preparing
         except TimeoutError:
             raise ApiError(504, "the request's time is up before it was begun") from None
         job, top = answer.job, head(answer.names, self._model, body.stream)
@@ -195,13 +196,18 @@ class _Routes:
         seen |= {} if body.user is None else {"user": body.user}
         seen |= {"prompt_token_ids": job.prompts} if self._config.log_prompts else {}
         pieces = self._engine.run(job)
+        return answer, top, await anext(pieces), pieces
+
+    async def _reply(self, http: Request, body: Sampling, preparing: Coroutine[Any, Any, Answer]) -> Response:
         try:
-            first = await _unless_gone(http.receive, anext(pieces))
+            begun = await _unless_gone(http.receive, self._begin(http, body, preparing))
         except _Gone:
             return Response(status_code=499)
+        answer, top, first, pieces = begun
         if body.stream:
             return _Stream(top, answer, first, pieces)
         await pieces.aclose()
+        job = answer.job
 
         def whole() -> Response:
             found = sorted(first, key=lambda piece: piece.sample)
@@ -211,7 +217,7 @@ class _Routes:
 
         # Log-probabilities may be megabytes of text.
         reply = whole() if job.params.logprobs is None else await self._text(whole)
-        seen["output_tokens"] = job.num_answered
+        http.state.log["output_tokens"] = job.num_answered
         return reply
 
     # The other routes
