@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from weaveinf.engine.request import TokenLogprob
 from weaveinf.engine.tokenizer import TextTokenizer
 from weaveinf.server.async_engine import Job, Piece
 from weaveinf.server.errors import ApiError
-from weaveinf.server.protocol import ChatRequest, CompletionRequest, Tool
+from weaveinf.server.protocol import ChatRequest, CompletionRequest, Tool, new_id
 from weaveinf.server.tools import ToolReader
 
 Object = dict[str, Any]
@@ -21,7 +20,7 @@ Object = dict[str, Any]
 def head(names: tuple[str, str, str], model: str, stream: bool) -> Object:
     """What all objects of an answer begin with."""
     prefix, whole, chunk = names
-    id_, now = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
+    id_, now = f"{prefix}-{new_id()}", int(time.time())
     return {"id": id_, "object": chunk if stream else whole, "created": now, "model": model}
 
 

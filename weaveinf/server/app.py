@@ -312,11 +312,12 @@ class _Stream(Response):
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await part(self._events(self._first))
-            async for pieces in self._rest:
+            pieces = self._first
+            while self._job.left:
                 if events := self._events(pieces):
                     await part(events)
-            await part(self._last(), more=False)
+                pieces = await anext(self._rest)
+            await part(self._events(pieces) + self._last(), more=False)
         except Exception as error:
             if not isinstance(error, HTTPException):
                 log.exception("a stream failed")

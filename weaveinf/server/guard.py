@@ -7,7 +7,6 @@ import hmac
 import json
 import logging
 import time
-import uuid
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weaveinf.server.config import ServerConfig
 from weaveinf.server.errors import ApiError, error_body
+from weaveinf.server.protocol import new_id
 
 log = logging.getLogger("weaveinf")
 access = logging.getLogger("weaveinf.access")
@@ -114,7 +114,7 @@ class _Body:
 def _request_id(given: bytes) -> str:
     """The client's own, to be found in the log, if it is decent; it is never used as a key."""
     text = given.decode("latin-1")
-    return text if 1 <= len(text) <= 128 and text.isascii() and text.isprintable() else uuid.uuid4().hex
+    return text if 1 <= len(text) <= 128 and text.isascii() and text.isprintable() else new_id()
 
 
 def _name(host: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +18,11 @@ MAX_USER = 128
 Count = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 TokenIds = Annotated[list[Count], Field(min_length=1)]
+
+
+def new_id() -> str:
+    """32 digits that are no secret, so that the kernel need not be asked for them, which takes its time."""
+    return f"{random.getrandbits(128):032x}"
 
 
 class Body(BaseModel):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from typing import Any
 
-from weaveinf.server.protocol import ChatRequest, NamedTool, Tool
+from weaveinf.server.protocol import ChatRequest, NamedTool, Tool, new_id
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
@@ -112,4 +111,4 @@ class ToolReader:
         # Half of a surrogate pair is no text, but JSON can name it.
         arguments = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):x}", arguments)
         function = {"name": name, "arguments": arguments}
-        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        return {"id": f"call_{new_id()[:24]}", "type": "function", "function": function}
